@@ -228,7 +228,7 @@ def from_dict(values: dict[str, Any], kind: type = VLMConfig, path: str = "") ->
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(values) - set(hints))
     _require(
-        not unknown, f"unknown configuration keys {', '.join(path + k for k in unknown)}; known: {', '.join(hints)}"
+        not unknown, f"unknown keys {', '.join(path + k for k in unknown)}; known: {', '.join(hints)}"
     )
     return kind(**{key: _coerce(value, hints[key], path + key) for key, value in values.items()})
 
