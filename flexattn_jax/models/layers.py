@@ -1,0 +1,90 @@
+"""Small parts shared by the tower, the connector and the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class Linear(nn.Module):
+    """y = x W^T + b with W stored (out, in), as published checkpoints store it.
+
+    Import then needs no transpose, and on CPUs a matrix-vector product, which decoding is made of, reads such a matrix
+    about 1.5 x faster than an (in, out) one.
+    """
+
+    features: int
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x (..., in) -> (..., features), in the type of x."""
+        init = nn.initializers.normal(0.02)
+        kernel = self.param("kernel", init, (self.features, x.shape[-1]), x.dtype).astype(x.dtype)
+        y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ())))
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros_init(), (self.features,), x.dtype).astype(x.dtype)
+        return y
+
+
+class Kernel(nn.Module):
+    """A Linear's weights without its product, for projections that are applied cell by cell."""
+
+    features: int
+    inputs: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        """(features, inputs)."""
+        return self.param("kernel", nn.initializers.normal(0.02), (self.features, self.inputs), self.dtype)
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """The non-linearity that a config names; quick_gelu is CLIP's x * sigmoid(1.702 x)."""
+    return {
+        "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+        "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+        "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    }[name]
+
+
+def layer_stack(layer: type[nn.Module], name: str, length: int, scan: bool, **kwargs: Any) -> Callable:
+    """A stack of equal layers as one function (carry, *broadcast) -> (carry, outputs stacked on axis 0).
+
+    Args:
+      layer: module class with __call__(carry, index, *broadcast) -> (carry, outputs); index is the layer's place in
+        this stack, traced when scanned and a Python int otherwise.
+      name: of the stack in the parameter tree.
+      length: number of layers.
+      scan: True: one compiled body, parameters stacked on axis 0 under `name`. False: one body a layer, parameters
+        under `name`_0, `name`_1, ...: compiles slower, but on CPU no layer's weights are copied out of the stack.
+      **kwargs: of the layer's constructor.
+    """
+    if scan:
+
+        def run(carry, *broadcast):
+            stacked = nn.scan(
+                layer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=length,
+                in_axes=(0, *(nn.broadcast for _ in broadcast)),
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            return stacked(name=name, **kwargs)(carry, jnp.arange(length), *broadcast)
+
+        return run
+
+    def run_unrolled(carry, *broadcast):
+        outputs = []
+        for i in range(length):
+            carry, output = layer(name=f"{name}_{i}", **kwargs)(carry, i, *broadcast)
+            outputs.append(output)
+        return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+    return run_unrolled

@@ -1,0 +1,262 @@
+"""The whole model: picture and prompt in, logits out, with or without a cache."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from flexattn_jax.config import VLMConfig
+from flexattn_jax.highres.flexattention import Picture, Rows
+from flexattn_jax.inputs.batching import Batch
+from flexattn_jax.models.connector import Connector
+from flexattn_jax.models.decoder import Decoder, Step
+from flexattn_jax.models.vision import VisionTower, tile, untile_index
+from flexattn_jax.ops.cache import SegmentCache, new_cache
+from flexattn_jax.ops.resize import downscale, resize_rope
+from flexattn_jax.ops.rope import rope_table
+from flexattn_jax.ops.selection import cell_tokens
+
+
+@flax.struct.dataclass
+class Features:
+    """A picture's tokens, which any number of questions may share.
+
+    lowres: (B, N, D).
+    highres: (B, C, P, D) by cell, without gradient; None where the model reads none.
+    """
+
+    lowres: jax.Array
+    highres: jax.Array | None
+
+
+@flax.struct.dataclass
+class Memory:
+    """What a prompt leaves behind for the calls that continue it.
+
+    cache: keys and values by segment.
+    lengths: (B,) int32, sequence positions filled.
+    picture: high-resolution features, or None where the model reads none.
+    """
+
+    cache: dict[str, SegmentCache]
+    lengths: jax.Array
+    picture: Picture | None
+
+
+class VLM(nn.Module):
+    """Vision tower, connector and decoder. With `config.flexattention` None it is LLaVA-1.5."""
+
+    config: VLMConfig
+
+    def setup(self):
+        config = self.config
+        self.vision = VisionTower(config.vision, jnp.dtype(config.dtype), config.scan_layers)
+        self.connector = Connector(config.decoder.width)
+        self.decoder = Decoder(config)
+
+    def encode(self, pixels: jax.Array) -> tuple[Features, dict]:
+        """Encodes pictures once at low resolution and, tile by tile in the same batch, once at high resolution.
+
+        Args:
+          pixels: (B, 3, S, S), normalised.
+
+        Returns:
+          The features; and named intermediates `lowres_pixels`, `lowres_features` (B, N, Dv), `lowres` (B, N, D),
+          `highres` (B, M, D) in raster order. The tower gets no gradient, nor the connector through high resolution
+          (released code).
+        """
+        config = self.config
+        batch = pixels.shape[0]
+        small = downscale(pixels, config.lowres_size)
+        if not config.reads_highres:
+            features = jax.lax.stop_gradient(self.vision(small))
+            lowres = self.connector(features)
+            return Features(lowres, None), {"lowres_pixels": small, "lowres_features": features, "lowres": lowres}
+        zoom = config.flexattention.zoom_ratio
+        features = jax.lax.stop_gradient(self.vision(jnp.concatenate([small, tile(pixels, zoom)])))
+        lowres, highres = self.connector(features[:batch]), self.connector(features[batch:])
+        highres = jax.lax.stop_gradient(highres).reshape(batch, -1, config.decoder.width)
+        highres = highres[:, untile_index(zoom, config.lowres_grid)]
+        named = {"lowres_pixels": small, "lowres_features": features[:batch], "lowres": lowres, "highres": highres}
+        index, _ = cell_tokens(config.highres_grid, config.flexattention.cell_grid)
+        return Features(lowres, highres[:, index]), named
+
+    def assemble(self, batch: Batch, features: Features | None) -> tuple[jax.Array, Picture | None, dict]:
+        """The sequence (B, T, D) with the pictures' low-resolution tokens in their slots, and the Picture.
+
+        Args:
+          batch: see Batch.
+          features: of its pictures; None: they are encoded here.
+        """
+        config, named = self.config, {}
+        hidden = self.decoder.embed(batch.token_ids)
+        if features is None:
+            if batch.pixels is None:
+                return hidden, None, named
+            features, named = self.encode(batch.pixels)
+        slot = jnp.arange(hidden.shape[1]) - batch.image_start[:, None]  # (B, T)
+        is_slot = (slot >= 0) & (slot < config.num_lowres_tokens) & (batch.image_start >= 0)[:, None]
+        tokens = jnp.take_along_axis(
+            features.lowres, jnp.clip(slot, 0, config.num_lowres_tokens - 1)[..., None], axis=1
+        )
+        hidden = jnp.where(is_slot[..., None], tokens, hidden)
+        if features.highres is None:
+            return hidden, None, named
+        cos, sin = self.highres_rope(batch.image_start)
+        index, valid = cell_tokens(config.highres_grid, config.flexattention.cell_grid)
+        picture = Picture(
+            start=batch.image_start,
+            content=batch.content,
+            tokens=features.highres,
+            valid=jnp.asarray(valid),
+            cos=cos[:, index],
+            sin=sin[:, index],
+        )
+        return hidden, picture, named | {"highres_cos": cos, "highres_sin": sin}
+
+    def highres_rope(self, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Rotation of high-resolution tokens: the sequence's table at the image slots, resized to the finer grid.
+
+        Args:
+          start: (B,) first image slot of each sample.
+
+        Returns:
+          cos, sin: (B, M, d/2) float32 in raster order.
+        """
+        config = self.config
+        positions = jnp.maximum(start, 0)[:, None] + jnp.arange(config.num_lowres_tokens)
+        tables = rope_table(positions, config.decoder.head_dim, config.decoder.rope_theta)
+        grid, fine = config.lowres_grid, config.highres_grid
+        return tuple(
+            resize_rope(table.reshape(-1, grid, grid, table.shape[-1]), fine).reshape(-1, fine**2, table.shape[-1])
+            for table in tables
+        )
+
+    def __call__(
+        self,
+        batch: Batch,
+        features: Features | None = None,
+        readers: jax.Array | None = None,
+        alpha: jax.Array | None = None,
+        capture: bool = False,
+    ) -> tuple[jax.Array, dict]:
+        """Logits of all positions, without a cache: training, and `vlm.logits`.
+
+        Args:
+          batch: see Batch.
+          features: of its pictures; None: they are encoded here.
+          readers: (B, R) int32, rows that read high-resolution tokens, T where unused; None: the last row of each
+            sample, as in inference. In training: the rows that predict answers. Variant "paper": all rows read, and
+            the first of these rows selects for all.
+          alpha: () float32, weight of high resolution during training's warm-up; None: 1.
+          capture: keep maps and hidden states of every layer.
+
+        Returns:
+          (B, T, V) float32 logits (of right padding: meaningless), and named intermediates of `encode` and Decoder.
+        """
+        hidden, picture, named = self.assemble(batch, features)
+        length = hidden.shape[1]
+        last = batch.lengths[:, None] - 1
+        rows = self._rows(picture, last if readers is None else readers, length)
+        step = Step(
+            positions=jnp.broadcast_to(jnp.arange(length), hidden.shape[:2]),
+            mask=jnp.tril(jnp.ones((length, length), bool))[None],
+            picture=picture,
+            rows=rows,
+            alpha=alpha,
+            capture=capture,
+        )
+        hidden, _, layers = self.decoder(hidden, step, None)
+        return self.decoder.logits(hidden), named | layers
+
+    def prefill(
+        self, batch: Batch, cache_length: int, features: Features | None = None, capture: bool = False
+    ) -> tuple[jax.Array, Memory, dict]:
+        """Reads prompts into a cache; the last token of each reads high resolution.
+
+        Args:
+          batch: see Batch.
+          cache_length: sequence positions to make room for, at least T.
+          features: of its pictures; None: they are encoded here.
+
+        Returns:
+          Logits of the last prompt token (B, V) float32 (with capture: of all, (B, T, V)), the memory, and named
+          intermediates.
+        """
+        hidden, picture, named = self.assemble(batch, features)
+        length = hidden.shape[1]
+        last = batch.lengths[:, None] - 1
+        step = Step(
+            positions=jnp.broadcast_to(jnp.arange(length), hidden.shape[:2]),
+            mask=jnp.tril(jnp.ones((length, length), bool))[None],
+            picture=picture,
+            rows=self._rows(picture, last, length),
+            capture=capture,
+        )
+        cache = new_cache(self.config, hidden.shape[0], cache_length, picture is not None)
+        hidden, cache, layers = self.decoder(hidden, step, cache)
+        if not capture:
+            hidden = jnp.take_along_axis(hidden, last[..., None], axis=1)[:, 0]
+        return self.decoder.logits(hidden), Memory(cache, batch.lengths, picture), named | layers
+
+    def decode(self, memory: Memory, token_ids: jax.Array, capture: bool = False) -> tuple[jax.Array, Memory, dict]:
+        """One more token for each sample; it reads high resolution and selects for itself.
+
+        Args:
+          memory: of the prompt and earlier tokens.
+          token_ids: (B,) int32.
+
+        Returns:
+          Logits (B, V) float32, the memory with the token appended, named intermediates.
+        """
+        row = jnp.zeros((token_ids.shape[0], 1), jnp.int32)
+        step = Step(
+            positions=memory.lengths[:, None],
+            mask=jnp.ones((1, 1, 1), bool),
+            past=memory.lengths,
+            picture=memory.picture,
+            rows=None if memory.picture is None else Rows(row, row),
+            capture=capture,
+        )
+        hidden, cache, named = self.decoder(self.decoder.embed(token_ids[:, None]), step, memory.cache)
+        return self.decoder.logits(hidden[:, 0]), Memory(cache, memory.lengths + 1, memory.picture), named
+
+    def continuations(self, memory: Memory, token_ids: jax.Array, lengths: jax.Array) -> tuple[jax.Array, dict]:
+        """Logits inside O alternative continuations of each prompt, all read against the prompt's one cache.
+
+        Args:
+          memory: of the prompts; it is not changed.
+          token_ids: (B, O, n) int32, right-padded.
+          lengths: (B, O) int32.
+
+        Returns:
+          (B, O, n, V) float32: entry j predicts token j + 1; and named intermediates of the O * n rows. Every row
+          that predicts a token reads high resolution and selects for itself (the released code's training path).
+        """
+        batch, options, width = token_ids.shape
+        place = jnp.arange(options * width)
+        same = place[:, None] // width == place // width
+        predicts = (jnp.arange(width) < lengths[..., None] - 1).reshape(batch, -1)
+        readers = jnp.where(predicts, place, options * width)
+        step = Step(
+            positions=memory.lengths[:, None] + place % width,
+            mask=(same & (place[:, None] >= place))[None],
+            past=memory.lengths,
+            picture=memory.picture,
+            rows=None if memory.picture is None else Rows(readers, readers),
+            append=False,
+        )
+        hidden = self.decoder.embed(token_ids.reshape(batch, -1))
+        hidden, _, named = self.decoder(hidden, step, memory.cache)
+        return self.decoder.logits(hidden).reshape(batch, options, width, -1), named
+
+    def _rows(self, picture: Picture | None, readers: jax.Array, length: int) -> Rows | None:
+        """Readers and selectors of a call that starts a sequence, by variant."""
+        if picture is None:
+            return None
+        if self.config.flexattention.variant == "released":
+            return Rows(readers, readers)
+        every = jnp.broadcast_to(jnp.arange(length), (readers.shape[0], length))
+        return Rows(every, readers[:, :1])

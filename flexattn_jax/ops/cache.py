@@ -1,0 +1,99 @@
+"""What a decoder layer remembers between calls, in buffers of static length.
+
+A segment's cache is either a LayerCache whose arrays have a leading layer axis (scanned layers: the whole stack is
+carried through the loop and updated in place) or a tuple of LayerCaches (unrolled layers). `at` is the index prefix
+that makes both look alike: (layer,) or ().
+"""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from flexattn_jax.config import VLMConfig
+from flexattn_jax.ops.selection import cell_tokens
+
+
+@flax.struct.dataclass
+class LayerCache:
+    """Keys and values of one layer (or of a stack of layers, with a leading axis).
+
+    key, value: (B, S, J, d) of the sequence.
+    key_hd, value_hd: (B, C, P, J, d) of high-resolution cells, filled when a cell is first selected; None where no
+      layer of the segment reads any.
+    projected: (B, C) bool, cells that are filled.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    key_hd: jax.Array | None = None
+    value_hd: jax.Array | None = None
+    projected: jax.Array | None = None
+
+
+SegmentCache = LayerCache | tuple[LayerCache, ...]
+
+
+def new_cache(config: VLMConfig, batch: int, length: int, highres: bool) -> dict[str, SegmentCache]:
+    """Empty caches for both segments.
+
+    Args:
+      batch: B.
+      length: S, sequence positions to make room for.
+      highres: make room for high-resolution keys and values too.
+    """
+    decoder, dtype = config.decoder, jnp.dtype(config.dtype)
+    heads = (decoder.num_kv_heads, decoder.head_dim)
+
+    def layer(lead: tuple[int, ...], reads: bool) -> LayerCache:
+        cache = LayerCache(*(jnp.zeros((*lead, batch, length, *heads), dtype) for _ in "kv"))
+        if not reads:
+            return cache
+        cells = cell_tokens(config.highres_grid, config.flexattention.cell_grid)[0].shape
+        return cache.replace(
+            key_hd=jnp.zeros((*lead, batch, *cells, *heads), dtype),
+            value_hd=jnp.zeros((*lead, batch, *cells, *heads), dtype),
+            projected=jnp.zeros((*lead, batch, cells[0]), bool),
+        )
+
+    caches = {}
+    for name, count, reads in (("plain", config.num_plain_layers, False), ("flex", config.num_flex_layers, highres)):
+        if count and config.scan_layers:
+            caches[name] = layer((count,), reads)
+        elif count:
+            caches[name] = tuple(layer((), reads) for _ in range(count))
+    return caches
+
+
+def open_layer(cache: SegmentCache, index: jax.Array | int) -> tuple[LayerCache, tuple]:
+    """The arrays that hold layer `index` of a segment, and the index prefix `at` under which they hold it."""
+    return (cache[index], ()) if isinstance(cache, tuple) else (cache, (index,))
+
+
+def close_layer(cache: SegmentCache, index: jax.Array | int, layer: LayerCache) -> SegmentCache:
+    """The segment's cache with layer `index` as `open_layer` gave it and the layer has updated it."""
+    return (*cache[:index], layer, *cache[index + 1 :]) if isinstance(cache, tuple) else layer
+
+
+def whole(array: jax.Array, at: tuple) -> jax.Array:
+    """One layer's array."""
+    return jax.lax.dynamic_index_in_dim(array, at[0], keepdims=False) if at else array
+
+
+def write_prefix(array: jax.Array, at: tuple, values: jax.Array) -> jax.Array:
+    """Writes values (B, T, J, d) to sequence positions 0..T-1."""
+    start = (*at, *(0,) * values.ndim)
+    return jax.lax.dynamic_update_slice(array, values.reshape((1,) * len(at) + values.shape), start)
+
+
+def write_rows(array: jax.Array, at: tuple, places: jax.Array, values: jax.Array) -> jax.Array:
+    """Writes values (B, n, ...) to places (B, n) of axis 1; a place outside the array is dropped."""
+    samples = jnp.arange(places.shape[0])[:, None]
+    return array.at[(*at, samples, places)].set(values, mode="drop")
+
+
+def read_rows(array: jax.Array, at: tuple, places: jax.Array) -> jax.Array:
+    """Entries at places (B, n) of axis 1: (B, n, ...); a place outside the array gives its last entry."""
+    samples = jnp.arange(places.shape[0])[:, None]
+    return array.at[(*at, samples, places)].get(mode="clip")
