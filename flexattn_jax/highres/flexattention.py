@@ -27,8 +27,8 @@ import jax
 import jax.numpy as jnp
 
 from flexattn_jax.config import FlexAttentionConfig
-from flexattn_jax.ops.cache import LayerCache, read_rows, whole, write_rows
 from flexattn_jax.ops.attention import MASKED, attend, merge
+from flexattn_jax.ops.cache import LayerCache, read_rows, whole, write_rows
 from flexattn_jax.ops.rope import apply_rope
 from flexattn_jax.ops.selection import (
     Selection,

@@ -223,17 +223,20 @@ class VLM(nn.Module):
         hidden, cache, named = self.decoder(self.decoder.embed(token_ids[:, None]), step, memory.cache)
         return self.decoder.logits(hidden[:, 0]), Memory(cache, memory.lengths + 1, memory.picture), named
 
-    def continuations(self, memory: Memory, token_ids: jax.Array, lengths: jax.Array) -> tuple[jax.Array, dict]:
+    def continuations(
+        self, memory: Memory, token_ids: jax.Array, lengths: jax.Array
+    ) -> tuple[jax.Array, dict, Memory]:
         """Logits inside O alternative continuations of each prompt, all read against the prompt's one cache.
 
         Args:
-          memory: of the prompts; it is not changed.
+          memory: of the prompts.
           token_ids: (B, O, n) int32, right-padded.
           lengths: (B, O) int32.
 
         Returns:
-          (B, O, n, V) float32: entry j predicts token j + 1; and named intermediates of the O * n rows. Every row
-          that predicts a token reads high resolution and selects for itself (the released code's training path).
+          (B, O, n, V) float32: entry j predicts token j + 1; named intermediates of the O * n rows; and the memory,
+          still of the prompts alone, with the cells that the options made it project. Every row that predicts a token
+          reads high resolution and selects for itself (the released code's training path).
         """
         batch, options, width = token_ids.shape
         place = jnp.arange(options * width)
@@ -249,8 +252,9 @@ class VLM(nn.Module):
             append=False,
         )
         hidden = self.decoder.embed(token_ids.reshape(batch, -1))
-        hidden, _, named = self.decoder(hidden, step, memory.cache)
-        return self.decoder.logits(hidden).reshape(batch, options, width, -1), named
+        hidden, cache, named = self.decoder(hidden, step, memory.cache)
+        logits = self.decoder.logits(hidden).reshape(batch, options, width, -1)
+        return logits, named, memory.replace(cache=cache)
 
     def _rows(self, picture: Picture | None, readers: jax.Array, length: int) -> Rows | None:
         """Readers and selectors of a call that starts a sequence, by variant."""
