@@ -163,7 +163,9 @@ def _open(file: io.IOBase, name: str, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(file, formats=_FORMATS)
     except Image.UnidentifiedImageError as error:
-        raise ImageError(f"{name} is not a picture that can be read; supported are {', '.join(_FORMATS)}") from error
+        raise ImageError(
+            f"{name} is not a picture, or its beginning is damaged; supported are {', '.join(_FORMATS)}"
+        ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name} has far too many pixels to decode; scale it down first") from error
     except Exception as error:
