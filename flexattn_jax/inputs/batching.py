@@ -255,6 +255,6 @@ def _checked(sample: Sample, index: int, config: VLMConfig) -> tuple[np.ndarray,
     expected = (3, config.image_size, config.image_size)
     if start >= 0 and np.shape(sample.pixels) != expected:
         raise BatchError(f"{name} has pixels of shape {np.shape(sample.pixels)}; this model reads {expected}")
-    if sample.size is not None and min(sample.size) < 1:
+    if start >= 0 and sample.size is not None and min(sample.size) < 1:
         raise BatchError(f"{name} has a picture of size {sample.size}; width and height must be at least 1")
     return ids, start

@@ -67,7 +67,7 @@ def test_ids_that_cannot_be_expanded(ids, message):
 def test_mixed_batch():
     samples = [
         Sample([1, IMAGE_PLACEHOLDER, 5, 6], PIXELS, (100, 40)),
-        ([1, 2, 3],),
+        ([1, 2, 3], None, (-1, -1)),  # the size of no picture is not read
         ([1, 2, IMAGE_PLACEHOLDER], PIXELS, None),
     ]
     batch = make_batch(samples, TINY, BUCKETS)
