@@ -1,0 +1,166 @@
+"""One evaluation from settings to results.json: what eval.py calls."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flexattn_jax.api import load
+from flexattn_jax.checkpoints.errors import CheckpointError
+from flexattn_jax.config import ConfigError
+from flexattn_jax.evaluation import demo, harness
+from flexattn_jax.evaluation.harness import HarnessError
+from flexattn_jax.evaluation.pictures import write_pictures
+from flexattn_jax.evaluation.predictions import PREDICTIONS, PredictionLog, WorkdirError
+from flexattn_jax.evaluation.report import build_results, print_report
+from flexattn_jax.inputs.batching import BatchError
+from flexattn_jax.inputs.datasets.vstar import SPLITS, DatasetError, Question, read_vstar
+from flexattn_jax.inputs.images import ImageError
+from flexattn_jax.inputs.tokenizer import TokenizerError
+
+RESULTS = "results.json"
+PICTURES = "pictures"
+
+# Mistakes of the user's, each of which says what to do; anything else that is raised is a fault of the program.
+USER_ERRORS = (
+    DatasetError,
+    WorkdirError,
+    HarnessError,
+    ImageError,
+    BatchError,
+    TokenizerError,
+    CheckpointError,
+    ConfigError,
+)
+
+_SAMPLED_BYTES = 1 << 16
+_SAMPLES = 16
+
+
+def run_vstar(settings: Mapping[str, Any], workdir: str | Path, show_progress: bool = True) -> dict[str, Any]:
+    """Evaluates a checkpoint on V* Bench, prints the table and writes `workdir`/results.json.
+
+    Args:
+        settings: those of configs/vstar.py, as plain types.
+        workdir: of this run; holds predictions.jsonl, by which a killed run goes on, and the pictures.
+        show_progress: whether to draw a progress bar.
+
+    Returns:
+        what results.json holds (`report.build_results`).
+
+    Raises:
+        one of USER_ERRORS.
+    """
+    limit, pictures = settings["limit"], settings["pictures"]
+    if limit < 0 or pictures < 0:
+        raise HarnessError(f"limit is {limit} and pictures is {pictures}; neither can be negative")
+    questions, read_errors = read_vstar(settings["data_dir"])
+    checkpoint = _checkpoint(settings)
+    overrides = _dotted(settings["model_overrides"])
+    answers_depend_on = {
+        "benchmark": settings["benchmark"],
+        "scorer": settings["scorer"],
+        "checkpoint": checkpoint_fingerprint(checkpoint),
+        "dtype": settings["dtype"],
+        "model_overrides": overrides,
+    }
+    if settings["scorer"] == "generate":
+        answers_depend_on["max_new_tokens"] = settings["max_new_tokens"]
+
+    def open_vlm():
+        return load(checkpoint, dtype=settings["dtype"], config_overrides=overrides)
+
+    asked = _first_of_each_split(questions, limit)
+    with PredictionLog(workdir, answers_depend_on, questions) as log:
+        if log.finished:
+            known = sum(question.id in log.finished for question in asked)
+            torn = "; the last line was half written and is asked again" if log.torn else ""
+            print(f"{known} of {len(asked)} questions are answered in {log.workdir / PREDICTIONS} already{torn}")
+        errors = harness.evaluate(
+            open_vlm,
+            asked,
+            log,
+            scorer=settings["scorer"],
+            batch_size=settings["batch_size"],
+            max_new_tokens=settings["max_new_tokens"],
+            show_progress=show_progress,
+        )
+        answered = [log.finished[question.id] for question in asked if question.id in log.finished]
+        results = build_results(
+            benchmark=settings["benchmark"],
+            config=dict(settings),
+            splits=[split for split in SPLITS if any(question.split == split for question in asked)],
+            predictions=answered,
+            errors=[*read_errors, *errors],
+            note=demo.NOTE if demo.is_random(checkpoint) else None,
+        )
+        if asked:
+            results["prompt"] = harness.prompt(asked[0], settings["scorer"])
+        _write_json(log.workdir / RESULTS, results)
+        paths = write_pictures(asked, log.finished, log.workdir / PICTURES, pictures)
+    print_report(results)
+    print(f"Written: {log.workdir / RESULTS}, {log.workdir / PREDICTIONS}", end="")
+    print(f" and {len(paths)} pictures in {log.workdir / PICTURES}" if paths else "")
+    if not answered:
+        raise HarnessError(f"no question of {settings['data_dir']} could be asked; the reasons are listed above")
+    return results
+
+
+def checkpoint_fingerprint(checkpoint: str | Path) -> str:
+    """A short name for the content of a checkpoint folder, taken without reading all of it.
+
+    Every file counts by its name, size, time of change and a sample of its bytes.
+    """
+    root = Path(checkpoint)
+    digest = hashlib.sha256()
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        status = path.stat()
+        digest.update(f"{path.relative_to(root)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        with path.open("rb") as file:
+            for k in range(_SAMPLES):
+                file.seek(k * status.st_size // _SAMPLES)
+                digest.update(file.read(_SAMPLED_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _checkpoint(settings: Mapping[str, Any]) -> Path:
+    path = settings["checkpoint"]
+    if not path:
+        raise HarnessError(
+            "no checkpoint is given: --config.checkpoint must be the folder of an imported checkpoint or of published "
+            "safetensors, such as senfu/llava-v1.5-7b-flexattn or liuhaotian/llava-v1.5-7b"
+        )
+    folder = Path(path)
+    if not folder.exists() and settings["name"] == "demo":
+        print(f"writing a small checkpoint of random weights to {folder}")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        demo.write_random_checkpoint(folder)
+    if not folder.is_dir():
+        raise HarnessError(f"the checkpoint {folder} is no folder; give the right --config.checkpoint")
+    return folder
+
+
+def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1, "c": None}} as {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _dotted(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[prefix + key] = value
+    return flat
+
+
+def _first_of_each_split(questions: list[Question], limit: int) -> list[Question]:
+    if not limit:
+        return questions
+    return [q for split in SPLITS for q in [q for q in questions if q.split == split][:limit]]
+
+
+def _write_json(path: Path, values: Any) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
+    partial.replace(path)
