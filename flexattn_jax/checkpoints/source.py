@@ -67,10 +67,10 @@ class SourceCheckpoint:
         """The tensors by our names. Raises CheckpointError that lists everything that does not fit."""
         return _match(self)
 
-    def leaves(self, config: VLMConfig | None = None) -> Iterator[Leaf]:
+    def leaves(self) -> Iterator[Leaf]:
         """The leaves of the tree, stacked as `config.scan_layers` says."""
         shapes = layouts.tensor_shapes(self.config)
-        for path, (names, stacked) in trees.target_leaves(config or self.config).items():
+        for path, (names, stacked) in trees.target_leaves(self.config).items():
             shape = (len(names), *shapes[names[0]]) if stacked else shapes[names[0]]
             yield Leaf(path, shape, self._dtype(names[0]), tuple(names), stacked)
 
@@ -103,19 +103,19 @@ class SourceCheckpoint:
         return out
 
     def params(
-        self, dtype: str | None = None, shardings: Any = None, config: VLMConfig | None = None
+        self, config: VLMConfig | None = None, *, dtype: str | None = None, shardings: Any = None
     ) -> dict[str, Any]:
         """The parameter tree of `config` (None: this checkpoint's own), stacked if its `scan_layers`.
 
         Each device's part of each leaf is read and cast by itself; no second copy of the whole is made.
 
         Args:
+          config: this checkpoint's configuration with overrides; None: as it is.
           dtype: of all parameters; None: the configuration's.
           shardings: a tree like the parameters', one sharding for all, or None for the default device.
-          config: this checkpoint's configuration with overrides.
         """
         if config is not None and config != self.config:
-            return dataclasses.replace(self, config=config).params(dtype, shardings)
+            return dataclasses.replace(self, config=config).params(dtype=dtype, shardings=shardings)
         target, place = np.dtype(dtype or self.config.dtype), trees.sharding_of(shardings)
         return trees.nest(
             {
@@ -148,23 +148,18 @@ def open_source(
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the folder that holds config.json and the weights.")
     values = source_config.read_json(folder / "config.json")
-    where = str(folder / "config.json")
-    family = source_config.family_of(values, where)
+    family = source_config.family_of(values, str(folder / "config.json"))
     tensors = read_folder(folder)
     tower = _tower_folder(folder, vision_tower, family)
     if not layouts.has_tower(family, tensors):
         tensors = tensors | _tower_tensors(values, tower, folder)
     layout = layouts.detect_layout(family, tensors)
-    if family == "hf":
-        config = source_config.config_from_hf(values, _processor(folder), where)
-    else:
-        clip, tower_where = _clip_config(values, tower, where)
-        config = source_config.config_from_llava(values, clip, _processor(tower) if tower else {}, where, tower_where)
+    config = config_of_folder(folder, tower)
     embedding = layout.source_of("decoder/embedding")[0]
     if embedding in tensors and tensors[embedding].info.dtype == "BF16":
         config = dataclasses.replace(config, dtype="bfloat16")
     if init_seed is not None:
-        config = _with_flexattention(config, where)
+        config = _with_flexattention(config, folder)
     return SourceCheckpoint(config, layout, tensors, str(folder), folder, tower, init_seed)
 
 
@@ -180,11 +175,21 @@ def read_config(folder: str | pathlib.Path, vision_tower: str | pathlib.Path | N
     return source.config, source.layout
 
 
-def _with_flexattention(config: VLMConfig, where: str) -> VLMConfig:
+def config_of_folder(folder: pathlib.Path, tower: pathlib.Path | None = None) -> VLMConfig:
+    """The configuration that the JSON files of a published checkpoint describe (float32); see `open_source`."""
+    where = str(folder / "config.json")
+    values = source_config.read_json(folder / "config.json")
+    family = source_config.family_of(values, where)
+    if family == "hf":
+        return source_config.config_from_hf(values, _processor(folder), where)
+    tower = tower or _tower_folder(folder, None, family)
+    clip, tower_where = _clip_config(values, tower, where)
+    return source_config.config_from_llava(values, clip, _processor(tower) if tower else {}, where, tower_where)
+
+
+def _with_flexattention(config: VLMConfig, folder: pathlib.Path) -> VLMConfig:
     if config.flexattention is not None:
-        raise CheckpointError(
-            f"{where} already describes a FlexAttention checkpoint; import it without --flexattention."
-        )
+        raise CheckpointError(f"{folder} is a FlexAttention checkpoint already; import it without --flexattention.")
     flex = FlexAttentionConfig()
     return dataclasses.replace(config, flexattention=flex, image_size=config.lowres_size * flex.zoom_ratio)
 
@@ -270,7 +275,7 @@ def _match(source: SourceCheckpoint) -> _Matched:
         parts = [f"{len(lines)} {what}:\n" + "\n".join(sorted(lines)) for what, lines in groups if lines]
         hint = ""
         if missing and all("_proj_hd" in name for name in missing):
-            hint = "\nThese are FlexAttention's projections; `--flexattention` initialises them for a LLaVA-1.5 checkpoint."
+            hint = "\nThese are FlexAttention's projections; import with --flexattention to initialise them."
         raise CheckpointError(
             f"the tensors of {source.where} are not those that its configuration describes.\n" + "\n".join(parts) + hint
         )

@@ -1,4 +1,4 @@
-"""config.json of published checkpoints <-> VLMConfig.
+"""config.json of published checkpoints -> VLMConfig.
 
 Only what the model can honour is accepted. A setting that would change the numbers and is not implemented here (scaled
 rotary embeddings, biases in the decoder, other connectors, "anyres" pictures ...) is an error, never ignored.
@@ -14,7 +14,7 @@ from flexattn_jax import config as configs
 from flexattn_jax.checkpoints.errors import CheckpointError
 from flexattn_jax.config import DecoderConfig, FlexAttentionConfig, VisionConfig, VLMConfig
 
-_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 _EXTRA_KEYS = ("zoom_ratio", "threshold", "warmup", "lowres_size", "highres_size", "special")
 _CLIP_LARGE = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
@@ -104,8 +104,9 @@ def family_of(values: dict[str, Any], where: str = "config.json") -> str:
     if kind in ("llava", "llava_llama") and any(key.startswith("mm_") for key in values):
         return "llava"
     raise CheckpointError(
-        f"{where} describes {kind or 'no'!r} model ({', '.join(map(str, names)) or 'no architecture named'}); supported are LLaVA-1.5 "
-        "checkpoints as liuhaotian (or FlexAttention) publishes them and as Hugging Face's llava-hf does."
+        f"{where} describes a model of type {kind!r} (architectures: {', '.join(map(str, names)) or 'none named'}); "
+        "supported are LLaVA-1.5 checkpoints as liuhaotian or FlexAttention's authors publish them (model_type llava "
+        "or llava_llama, with mm_ settings) and Hugging Face's LlavaForConditionalGeneration with a LLaMA decoder."
     )
 
 
@@ -208,7 +209,7 @@ def _assemble(
     **rest: Any,
 ) -> VLMConfig:
     try:
-        flex, lowres_size, image_size = _read_extra(extra or {}, vision.image_size, f"{where}: extra")
+        flex, lowres_size, image_size = read_extra(extra or {}, vision.image_size, f"{where}: extra")
         if flexattention is not None:
             # Written by this library's export where `extra` has no words for the configuration.
             flex = configs.from_dict(flexattention, FlexAttentionConfig, "flexattention.")
@@ -276,7 +277,7 @@ def _vision_config(clip: Fields, select_layer: int) -> VisionConfig:
         clip = clip.table("vision_config")
     clip.require("model_type", ("clip_vision_model",), "clip_vision_model")
     clip.require("num_channels", (3,), 3)
-    clip.require("hidden_act", tuple(_ACTIVATIONS), "quick_gelu")
+    clip.require("hidden_act", tuple(ACTIVATIONS), "quick_gelu")
     return VisionConfig(
         image_size=clip.size("image_size", 224),
         patch_size=clip.size("patch_size", 32),
@@ -285,12 +286,12 @@ def _vision_config(clip: Fields, select_layer: int) -> VisionConfig:
         num_layers=clip.size("num_hidden_layers", 12),
         num_heads=clip.size("num_attention_heads", 12),
         norm_eps=clip.number("layer_norm_eps", 1e-5),
-        activation=_ACTIVATIONS[clip.text("hidden_act", "quick_gelu")],
+        activation=ACTIVATIONS[clip.text("hidden_act", "quick_gelu")],
         select_layer=select_layer,
     )
 
 
-def _read_extra(extra: Any, native: int, where: str) -> tuple[FlexAttentionConfig | None, int, int]:
+def read_extra(extra: Any, native: int, where: str) -> tuple[FlexAttentionConfig | None, int, int]:
     """FlexAttention, lowres_size and image_size from the reference's table of strings and its defaults."""
     fields = Fields(extra, where)
     unknown = sorted(set(extra) - set(_EXTRA_KEYS))
@@ -332,124 +333,3 @@ def _processor_settings(processor: dict[str, Any], native: int, where: str) -> d
     if side is not None and side != native:
         raise CheckpointError(f"{fields.where}: crop_size is {json.dumps(crop)}, but the tower reads {native} pixels.")
     return {key: fields.values[key] for key in ("image_mean", "image_std") if fields.values.get(key) is not None}
-
-
-def to_llava(config: VLMConfig, base: dict[str, Any]) -> dict[str, Any]:
-    """config.json in liuhaotian's form; what `base` says beside it is kept."""
-    if config.image_token_id is not None:
-        base = {**base, "image_token_index": config.image_token_id}
-    return {
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "mm_vision_tower": "vision_tower",
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
-        "use_mm_proj": True,
-        **base,
-        "model_type": base.get("model_type", "llava"),
-        **_to_llama(config),
-        **_to_extra(config),
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_hidden_size": config.vision.width,
-        "mm_vision_select_layer": config.vision.select_layer,
-        "mm_vision_select_feature": "patch",
-        "image_aspect_ratio": "pad",
-        "tie_word_embeddings": config.decoder.tie_embeddings,
-    }
-
-
-def to_hf(config: VLMConfig, base: dict[str, Any]) -> dict[str, Any]:
-    """config.json of a LlavaForConditionalGeneration, nested; what `base` says beside it is kept."""
-    # An id for the picture is part of the format. One past the vocabulary is never embedded, only replaced.
-    image_token = config.decoder.vocab_size if config.image_token_id is None else config.image_token_id
-    return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        **base,
-        "model_type": "llava",
-        "image_token_index": image_token,
-        "image_seq_length": config.num_lowres_tokens,
-        "projector_hidden_act": "gelu",
-        "multimodal_projector_bias": True,
-        "pad_token_id": config.pad_token_id,
-        "text_config": {**base.get("text_config", {}), "model_type": "llama", **_to_llama(config)},
-        "tie_word_embeddings": config.decoder.tie_embeddings,
-        "vision_config": {**base.get("vision_config", {}), **to_clip(config)},
-        "vision_feature_layer": config.vision.select_layer,
-        "vision_feature_select_strategy": "default",
-        **_to_extra(config),
-    }
-
-
-def to_clip(config: VLMConfig) -> dict[str, Any]:
-    """config.json of the vision tower."""
-    names = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
-    return {
-        "model_type": "clip_vision_model",
-        "hidden_size": config.vision.width,
-        "intermediate_size": config.vision.mlp_dim,
-        "num_hidden_layers": config.vision.num_layers,
-        "num_attention_heads": config.vision.num_heads,
-        "image_size": config.vision.image_size,
-        "patch_size": config.vision.patch_size,
-        "hidden_act": names[config.vision.activation],
-        "layer_norm_eps": config.vision.norm_eps,
-        "num_channels": 3,
-    }
-
-
-def to_processor(config: VLMConfig) -> dict[str, Any]:
-    """preprocessor_config.json for the tower's native size."""
-    side = config.vision.image_size
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "crop_size": {"height": side, "width": side},
-        "size": {"shortest_edge": side},
-        "do_center_crop": True,
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": list(config.image_mean),
-        "image_std": list(config.image_std),
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-    }
-
-
-def _to_llama(config: VLMConfig) -> dict[str, Any]:
-    decoder = config.decoder
-    return {
-        "vocab_size": decoder.vocab_size,
-        "hidden_size": decoder.width,
-        "intermediate_size": decoder.mlp_dim,
-        "num_hidden_layers": decoder.num_layers,
-        "num_attention_heads": decoder.num_heads,
-        "num_key_value_heads": decoder.num_kv_heads,
-        "head_dim": decoder.head_dim,
-        "hidden_act": "silu",
-        "rope_theta": decoder.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": decoder.rope_theta},
-        "rms_norm_eps": decoder.norm_eps,
-        "max_position_embeddings": decoder.max_positions,
-        "tie_word_embeddings": decoder.tie_embeddings,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "pad_token_id": config.pad_token_id,
-    }
-
-
-def _to_extra(config: VLMConfig) -> dict[str, Any]:
-    """The reference's table of strings, and the whole of ours beside it where the strings would lose something."""
-    flex = config.flexattention
-    if flex is None:
-        return {"extra": {"lowres_size": str(config.lowres_size)}, "flexattention": None}
-    extra = {
-        "zoom_ratio": str(flex.zoom_ratio),
-        "warmup": f"{flex.warmup:g}",
-        "lowres_size": str(config.lowres_size),
-        "highres_size": str(config.image_size),
-        "threshold": str(int(flex.threshold)),
-    }
-    if flex.selector == "random":
-        extra["special"] = "random"
-    read_back, _, _ = _read_extra(extra, config.vision.image_size, "extra")
-    return {"extra": extra, "flexattention": None if read_back == flex else configs.to_dict(flex)}

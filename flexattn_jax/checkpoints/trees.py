@@ -112,11 +112,17 @@ def check_convertible(old: VLMConfig, new: VLMConfig) -> None:
             "(or a LLaVA-1.5 one with --flexattention), or choose a later layer."
         )
     if missing:
-        raise CheckpointError(f"the changed configuration needs tensors that are not stored: {', '.join(missing)}.")
-    other = [f"{name} {list(held[name])} -> {list(shape)}" for name, shape in wanted.items() if held[name] != shape]
+        leaves = dict.fromkeys(layouts.leaf_of(name, new)[0] for name in missing)
+        raise CheckpointError(f"the changed configuration needs tensors that are not stored: {', '.join(leaves)}.")
+    # A change of shape is the same in all layers: name each kind of tensor once.
+    other = {
+        f"{layouts.leaf_of(name, new)[0]} {list(held[name])} -> {list(shape)}"
+        for name, shape in wanted.items()
+        if held[name] != shape
+    }
     if other:
         raise CheckpointError(
-            f"the changed configuration needs other shapes than the checkpoint has: {'; '.join(other)}."
+            f"the changed configuration needs other shapes than the checkpoint has: {'; '.join(sorted(other))}."
         )
 
 
