@@ -28,9 +28,7 @@ class Generated:
     cells_read: jax.Array | None
 
 
-def generate(
-    model: VLM, params: dict, batch: Batch, active: jax.Array, limit: jax.Array, capacity: int
-) -> Generated:
+def generate(model: VLM, params: dict, batch: Batch, active: jax.Array, limit: jax.Array, capacity: int) -> Generated:
     """Answers a batch of prompts greedily.
 
     Args:

@@ -16,7 +16,8 @@ from flexattn_jax.models.vlm import VLM
 class Scored:
     """What `score` returns.
 
-    losses: (B, O) float32, mean cross-entropy over an option's tokens; lower is likelier. NaN for an empty option.
+    losses: (B, O) float32, mean cross-entropy over an option's tokens; lower is likelier. Infinite where
+      a sample has fewer options than the batch makes room for.
     cells: (layers, B, C) bool, cells selected by the last prompt token, or None without high resolution.
     overflow: (layers, B) int32, or None.
     cells_read: (B,) int32, cells projected in all layers together, for the prompt and all options, or None.
@@ -47,7 +48,8 @@ def score(model: VLM, params: dict, batch: Batch, options: OptionBatch) -> Score
     logits = jnp.concatenate([first, later[:, :, :-1]], axis=2)  # entry j predicts token j
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, options.token_ids)
     counted = jnp.arange(options.token_ids.shape[2]) < options.lengths[..., None]
-    mean = jnp.where(counted, losses, 0).sum(axis=-1) / options.lengths
+    total = jnp.where(counted, losses, 0).sum(axis=-1)
+    mean = jnp.where(options.lengths > 0, total / jnp.maximum(options.lengths, 1), jnp.inf)
     cells, overflow = selected(named)
     if overflow is not None:
         overflow = overflow + inside["overflow"][:-1].sum(axis=-1)

@@ -200,7 +200,8 @@ class Decoder(nn.Module):
         Returns:
           Hidden states (B, T, D) after the final norm, the cache, and named intermediates: `cells` (layers, B, Q, C)
           bool and `overflow` (layers, B, Q), made by layers first_layer .. L-1; with step.capture also `map`
-          (layers, B, Q, N), `strength`, and for all L layers `hidden` (L, B, T, D), their inputs, and `attention`.
+          (layers, B, Q, N), `strength`, and for all L layers `hidden` (L, B, T, D), their inputs, and
+          `attention`, their attention outputs; and `final_hidden` (B, T, D).
         """
         config, flex = self.config, self.config.flexattention
         cos, sin = rope_table(step.positions, config.decoder.head_dim, config.decoder.rope_theta)
@@ -220,4 +221,7 @@ class Decoder(nn.Module):
                 caches[name] = carry.cache
             for key, value in outputs.items():
                 named[key] = jnp.concatenate([named[key], value]) if key in named else value
-        return self.final_norm(hidden), caches if cache is not None else None, named
+        hidden = self.final_norm(hidden)
+        if step.capture:
+            named["final_hidden"] = hidden
+        return hidden, caches if cache is not None else None, named

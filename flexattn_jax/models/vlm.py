@@ -223,9 +223,7 @@ class VLM(nn.Module):
         hidden, cache, named = self.decoder(self.decoder.embed(token_ids[:, None]), step, memory.cache)
         return self.decoder.logits(hidden[:, 0]), Memory(cache, memory.lengths + 1, memory.picture), named
 
-    def continuations(
-        self, memory: Memory, token_ids: jax.Array, lengths: jax.Array
-    ) -> tuple[jax.Array, dict, Memory]:
+    def continuations(self, memory: Memory, token_ids: jax.Array, lengths: jax.Array) -> tuple[jax.Array, dict, Memory]:
         """Logits inside O alternative continuations of each prompt, all read against the prompt's one cache.
 
         Args:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,26 @@ from flexattn_jax.inputs.batching import Batch
 from flexattn_jax.models.vlm import VLM
 
 IGNORED = -100  # label of a token that no loss is taken on
+
+
+def expand_labels(labels: Sequence[np.ndarray], image_start: Sequence[int], slots: int, length: int) -> np.ndarray:
+    """Makes room for the picture in labels, as batching does in ids: its slots and the right padding are IGNORED.
+
+    Args:
+      labels: of each sample, one for each id, the picture's place-holder counting as one.
+      image_start: (B,) place of the place-holder, -1 for a sample without a picture.
+      slots: N.
+      length: T.
+
+    Returns:
+      (B, T) int32.
+    """
+    expanded = np.full((len(labels), length), IGNORED, np.int32)
+    for line, own, start in zip(expanded, labels, image_start, strict=True):
+        if start >= 0:
+            own = np.concatenate([own[:start], np.full(slots, IGNORED), own[start + 1 :]])
+        line[: len(own)] = own
+    return expanded
 
 
 def answer_rows(labels: np.ndarray, image_start: np.ndarray, capacity: int | None = None) -> np.ndarray:
