@@ -1,5 +1,7 @@
 """Small random models for the tests."""
 
+import pathlib
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,8 @@ import pytest
 from flexattn_jax.config import VLMConfig, override, preset
 from flexattn_jax.inputs.batching import Batch
 from flexattn_jax.models.vlm import VLM
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
 
 def random_params(config: VLMConfig, seed: int = 0) -> dict:
