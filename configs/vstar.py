@@ -6,7 +6,7 @@ python eval.py --config=configs/vstar.py:7b --config.data_dir=DIR --config.check
 
 from ml_collections import config_dict
 
-from flexattn_jax.evaluation.demo import demo_questions
+from flexattn_jax.evaluation.demo import CHECKPOINT, demo_questions
 
 
 def get_config(arg: str = "demo") -> config_dict.ConfigDict:
@@ -14,13 +14,12 @@ def get_config(arg: str = "demo") -> config_dict.ConfigDict:
     if arg not in ("demo", "7b"):
         raise ValueError(f"configs/vstar.py has no {arg!r}; write configs/vstar.py:demo or configs/vstar.py:7b")
     config = config_dict.ConfigDict()
-    config.name = arg
     config.benchmark = "vstar"
     # 7b: V* Bench as downloaded from https://huggingface.co/datasets/craigwu/vstar_bench
     config.data_dir = str(demo_questions()) if arg == "demo" else ""
     # 7b: senfu/llava-v1.5-7b-flexattn or a LLaVA-1.5 checkpoint, imported or as safetensors.
-    # demo: written on first use, if it is not there.
-    config.checkpoint = "runs/demo/checkpoint" if arg == "demo" else ""
+    # demo: random weights, written on first use.
+    config.checkpoint = CHECKPOINT if arg == "demo" else ""
     config.scorer = "released"  # or "official", "generate"
     config.batch_size = 8  # changes the time it takes, and no answer
     config.dtype = config_dict.placeholder(str)  # "float32" or "bfloat16"; None: float32 on CPU, else bfloat16

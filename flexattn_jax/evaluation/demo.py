@@ -18,6 +18,7 @@ import tokenizers
 from flexattn_jax.inputs.datasets.vstar import read_vstar
 from flexattn_jax.inputs.prompts import LETTER_ANSWER, SHORT_ANSWER, build_prompt
 
+CHECKPOINT = "runs/demo/checkpoint"  # where an evaluation of the demo expects it, and writes it if it is not there
 RANDOM_NAME = "flexattn_jax random demo weights"  # told apart by this in tokenizer_config.json, which imports keep
 NOTE = "random weights: the accuracy is chance; this run shows the machinery"
 

@@ -47,6 +47,15 @@ class _Loaded:
     picture: Image.Image
 
 
+def check_request(scorer: str, batch_size: int, max_new_tokens: int) -> None:
+    """Raises HarnessError for an unknown scorer or an impossible size."""
+    if scorer not in SCORERS:
+        raise HarnessError(f"scorer is {scorer!r}; it must be one of {', '.join(SCORERS)}")
+    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise HarnessError(f"{name} is {value}; it must be at least 1")
+
+
 def evaluate(
     open_vlm: Callable[[], Any],
     questions: Sequence[Question],
@@ -72,13 +81,9 @@ def evaluate(
         are neither right nor wrong and are tried again by the next run.
 
     Raises:
-        HarnessError: an unknown scorer or an impossible size.
+        HarnessError: see `check_request`.
     """
-    if scorer not in SCORERS:
-        raise HarnessError(f"scorer is {scorer!r}; it must be one of {', '.join(SCORERS)}")
-    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
-        if value < 1:
-            raise HarnessError(f"{name} is {value}; it must be at least 1")
+    check_request(scorer, batch_size, max_new_tokens)
     todo = [question for question in questions if question.id not in log.finished]
     if not todo:
         return []

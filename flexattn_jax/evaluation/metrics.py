@@ -33,7 +33,8 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float] | None:
     share, square = correct / n, _Z95**2
     centre = (share + square / (2 * n)) / (1 + square / n)
     half = _Z95 / (1 + square / n) * math.sqrt(share * (1 - share) / n + square / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At the ends the formula gives 0 and 1 up to rounding.
+    return 0.0 if correct == 0 else centre - half, 1.0 if correct == n else centre + half
 
 
 def accuracy(correct: Sequence[bool]) -> dict[str, float | int | list[float] | None]:

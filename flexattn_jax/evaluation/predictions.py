@@ -123,14 +123,14 @@ class PredictionLog:
         return self._digests[question.id]
 
     def _check_settings(self) -> None:
-        path = self.workdir / RUN
-        if not path.exists():
-            if (self.workdir / PREDICTIONS).exists():
-                raise self._foreign(f"it has {PREDICTIONS} and no {RUN}")
+        path, predictions = self.workdir / RUN, self.workdir / PREDICTIONS
+        if not predictions.exists() or predictions.stat().st_size == 0:  # no answers that could be mixed up
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps(self._settings, indent=1) + "\n")
             partial.replace(path)
             return
+        if not path.exists():
+            raise self._foreign(f"it has {PREDICTIONS} and no {RUN}")
         try:
             earlier = json.loads(path.read_bytes())
         except ValueError:

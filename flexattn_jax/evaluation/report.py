@@ -130,12 +130,12 @@ def _cells(counts: dict[str, Any]) -> list[str]:
 def _print_names(console: Console, title: str, entries: Sequence[tuple[str, str]]) -> None:
     if not entries:
         return
-    console.print(f"{len(entries)} {title}:", style="red")
+    console.print(f"{len(entries)} {title}:", style="red", highlight=False)
     for name, reason in entries[:_PRINTED_NAMES]:
         text = f"  {name}: {reason}".encode("utf-8", "replace").decode()  # file names may hold any bytes
-        console.print(escape(text), highlight=False)
+        console.print(escape(text), highlight=False, soft_wrap=True)
     if len(entries) > _PRINTED_NAMES:
-        console.print(f"  and {len(entries) - _PRINTED_NAMES} more, named in results.json")
+        console.print(f"  and {len(entries) - _PRINTED_NAMES} more, named in results.json", highlight=False)
 
 
 def _selection_line(selection: dict[str, Any]) -> str:

@@ -55,8 +55,10 @@ def run_vstar(settings: Mapping[str, Any], workdir: str | Path, show_progress: b
         one of USER_ERRORS.
     """
     limit, pictures = settings["limit"], settings["pictures"]
-    if limit < 0 or pictures < 0:
-        raise HarnessError(f"limit is {limit} and pictures is {pictures}; neither can be negative")
+    for name in ("limit", "pictures"):
+        if settings[name] < 0:
+            raise HarnessError(f"{name} is {settings[name]}; it cannot be negative")
+    harness.check_request(settings["scorer"], settings["batch_size"], settings["max_new_tokens"])
     questions, read_errors = read_vstar(settings["data_dir"])
     checkpoint = _checkpoint(settings)
     overrides = _dotted(settings["model_overrides"])
@@ -134,7 +136,7 @@ def _checkpoint(settings: Mapping[str, Any]) -> Path:
             "safetensors, such as senfu/llava-v1.5-7b-flexattn or liuhaotian/llava-v1.5-7b"
         )
     folder = Path(path)
-    if not folder.exists() and settings["name"] == "demo":
+    if not folder.exists() and path == demo.CHECKPOINT:
         print(f"writing a small checkpoint of random weights to {folder}")
         folder.parent.mkdir(parents=True, exist_ok=True)
         demo.write_random_checkpoint(folder)
