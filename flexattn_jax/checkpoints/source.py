@@ -17,7 +17,7 @@ from flexattn_jax.checkpoints import layouts, source_config, trees
 from flexattn_jax.checkpoints.errors import CheckpointError
 from flexattn_jax.checkpoints.layouts import TOWER_FOLDER, AsIs, Layout
 from flexattn_jax.checkpoints.safetensors_io import Tensor, read_file, read_folder
-from flexattn_jax.config import FlexAttentionConfig, VLMConfig
+from flexattn_jax.config import ConfigError, FlexAttentionConfig, VLMConfig
 
 FLOAT_TYPES = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype(np.float32)}
 TIED_HEAD = "decoder/lm_head/kernel"
@@ -191,7 +191,10 @@ def _with_flexattention(config: VLMConfig, folder: pathlib.Path) -> VLMConfig:
     if config.flexattention is not None:
         raise CheckpointError(f"{folder} is a FlexAttention checkpoint already; import it without --flexattention.")
     flex = FlexAttentionConfig()
-    return dataclasses.replace(config, flexattention=flex, image_size=config.lowres_size * flex.zoom_ratio)
+    try:
+        return dataclasses.replace(config, flexattention=flex, image_size=config.lowres_size * flex.zoom_ratio)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder} cannot become a FlexAttention checkpoint: {error}.") from None
 
 
 def _tower_folder(folder: pathlib.Path, given: str | pathlib.Path | None, family: str) -> pathlib.Path | None:

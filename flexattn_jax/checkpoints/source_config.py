@@ -278,17 +278,20 @@ def _vision_config(clip: Fields, select_layer: int) -> VisionConfig:
     clip.require("model_type", ("clip_vision_model",), "clip_vision_model")
     clip.require("num_channels", (3,), 3)
     clip.require("hidden_act", tuple(ACTIVATIONS), "quick_gelu")
-    return VisionConfig(
-        image_size=clip.size("image_size", 224),
-        patch_size=clip.size("patch_size", 32),
-        width=clip.size("hidden_size", 768),
-        mlp_dim=clip.size("intermediate_size", 3072),
-        num_layers=clip.size("num_hidden_layers", 12),
-        num_heads=clip.size("num_attention_heads", 12),
-        norm_eps=clip.number("layer_norm_eps", 1e-5),
-        activation=ACTIVATIONS[clip.text("hidden_act", "quick_gelu")],
-        select_layer=select_layer,
-    )
+    try:
+        return VisionConfig(
+            image_size=clip.size("image_size", 224),
+            patch_size=clip.size("patch_size", 32),
+            width=clip.size("hidden_size", 768),
+            mlp_dim=clip.size("intermediate_size", 3072),
+            num_layers=clip.size("num_hidden_layers", 12),
+            num_heads=clip.size("num_attention_heads", 12),
+            norm_eps=clip.number("layer_norm_eps", 1e-5),
+            activation=ACTIVATIONS[clip.text("hidden_act", "quick_gelu")],
+            select_layer=select_layer,
+        )
+    except configs.ConfigError as error:
+        raise CheckpointError(f"{clip.where}: {error}.") from None
 
 
 def read_extra(extra: Any, native: int, where: str) -> tuple[FlexAttentionConfig | None, int, int]:

@@ -1,7 +1,7 @@
 """Native checkpoints: a folder that holds all that the model needs, with its arrays in orbax's format.
 
     config.json           {"format", "version", "config": the VLMConfig}
-    parameters.json       {leaf: {"shape", "dtype", "group"}}
+    parameters.json       {"leaves": {leaf: {"shape", "dtype", "group"}}, "files": {file under params/: its size}}
     params/<group>/       one orbax checkpoint for each group of leaves
     unread.safetensors    tensors of the imported checkpoint that the model never reads, kept for export
     source.json, source/  layout and configuration files of the imported checkpoint, for export
@@ -131,9 +131,17 @@ def open_native(path: str | os.PathLike[str]) -> NativeCheckpoint:
         path / "parameters.json",
         lambda: {
             name: LeafInfo(tuple(v["shape"]), np.dtype(_DTYPES[v["dtype"]]), int(v["group"]))
-            for name, v in stored.items()
+            for name, v in stored["leaves"].items()
         },
     )
+    # Half-copied folders are told apart here: orbax would find out too, but only midway and in its own words.
+    found = _file_sizes(path)
+    damaged = [file for file, size in stored.get("files", {}).items() if found.get(file) != size]
+    if damaged:
+        raise CheckpointError(
+            f"{path} is damaged or incomplete: {', '.join(damaged[:3])} {'and others ' * (len(damaged) > 3)}"
+            f"{'are' if len(damaged) > 1 else 'is'} missing or cut short. Copy or import the checkpoint again."
+        )
     expected = layouts.leaf_shapes(config)
     if {name: leaf.shape for name, leaf in leaves.items()} != expected:
         raise CheckpointError(
@@ -276,10 +284,13 @@ def write_params(
             target = folder.absolute() / "params" / str(leaves[paths[0]].group)
             checkpointer.save(target, args=ocp.args.PyTreeSave(tree, save_args=save_args))
             on_write(sum(int(np.prod(leaves[p].shape)) * leaves[p].dtype.itemsize for p in paths))
-    write_json(
-        folder / "parameters.json",
-        {n: {"shape": list(v.shape), "dtype": v.dtype.name, "group": v.group} for n, v in leaves.items()},
-    )
+    record = {n: {"shape": list(v.shape), "dtype": v.dtype.name, "group": v.group} for n, v in leaves.items()}
+    write_json(folder / "parameters.json", {"leaves": record, "files": _file_sizes(folder)})
+
+
+def _file_sizes(folder: pathlib.Path) -> dict[str, int]:
+    files = sorted(path for path in (folder / "params").rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def _read_record(path: pathlib.Path, read: Callable[[], Any]) -> Any:

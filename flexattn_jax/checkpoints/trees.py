@@ -104,7 +104,7 @@ def check_convertible(old: VLMConfig, new: VLMConfig) -> None:
     """Raise CheckpointError unless every tensor that `new` reads is one that `old` reads, in the same shape."""
     held, wanted = layouts.tensor_shapes(old), layouts.tensor_shapes(new)
     missing = [name for name in wanted if name not in held]
-    if any("_proj_hd" in name for name in missing):
+    if missing and all("_proj_hd" in name for name in missing):
         have = f"begins at layer {old.flexattention.first_layer}" if old.flexattention else "is absent"
         raise CheckpointError(
             f"flexattention.first_layer {new.flexattention.first_layer} asks for high-resolution projections that this "
