@@ -2,6 +2,8 @@
 
 Its answers mean nothing. The files are in the layout of the published FlexAttention checkpoint, so everything behind
 it (import, loading, both resolutions, selection, scoring, generation) runs as it does on the real one.
+
+    python -m flexattn_jax.evaluation.demo runs/demo/source
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import importlib.resources
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -185,3 +188,25 @@ def _random_tensors() -> dict[str, np.ndarray]:
         linear(f"{prefix}.mlp.fc1", _TOWER_MLP, _TOWER_WIDTH)
         linear(f"{prefix}.mlp.fc2", _TOWER_WIDTH, _TOWER_MLP)
     return tensors
+
+
+def main(arguments: list[str]) -> int:
+    """Writes the checkpoint to the folder named; leaves one that is there as it is."""
+    if len(arguments) != 1:
+        print("usage: python -m flexattn_jax.evaluation.demo FOLDER", file=sys.stderr)
+        return 2
+    (folder,) = arguments
+    if is_random(folder):
+        print(f"{folder} holds the demo's random weights already")
+        return 0
+    if Path(folder).exists():
+        print(f"{folder} exists and holds something else; name a folder that does not exist", file=sys.stderr)
+        return 2
+    Path(folder).parent.mkdir(parents=True, exist_ok=True)
+    write_random_checkpoint(folder)
+    print(f"wrote random weights to {folder}; answers given with them mean nothing")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

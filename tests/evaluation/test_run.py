@@ -241,6 +241,15 @@ def test_the_demo_runs_on_the_real_model(tmp_path, monkeypatch, capsys):
     assert not demo.is_random(tmp_path)
 
 
+def test_the_demo_checkpoint_is_not_written_over_anything(tmp_path, capsys):
+    folder = tmp_path / "new" / "source"
+    assert demo.main([str(folder)]) == 0 and demo.is_random(folder)
+    before = checkpoint_fingerprint(folder)
+    assert demo.main([str(folder)]) == 0 and checkpoint_fingerprint(folder) == before
+    assert demo.main([str(tmp_path)]) == 2 and "holds something else" in capsys.readouterr().err
+    assert demo.main([]) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scorer", ["official", "generate"])
 def test_the_other_scorers_run_on_the_real_model(tmp_path, monkeypatch, scorer):
