@@ -6,10 +6,12 @@ READY  := $(VENV)/.ready
 
 .PHONY: demo test slow check bench clean
 
-demo: $(READY)
+demo: runs/demo/checkpoint/config.json
+	$(RUN) eval.py --config=configs/vstar.py --config.pictures=8 --workdir=runs/demo/vstar
+
+runs/demo/checkpoint/config.json: | $(READY)
 	$(RUN) -m flexattn_jax.evaluation.demo runs/demo/source
 	$(RUN) -m flexattn_jax.checkpoints.import_weights --source runs/demo/source --out runs/demo/checkpoint
-	$(RUN) eval.py --config=configs/vstar.py --config.pictures=8 --workdir=runs/demo/vstar
 
 test: $(READY)
 	$(RUN) -m pytest

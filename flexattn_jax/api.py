@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from flexattn_jax.inputs.tokenizer import Tokenizer, load_tokenizer, tokenize_co
 from flexattn_jax.models.vlm import VLM
 
 NEW_TOKENS = (16, 64, 256, 1024)  # static rooms for generated tokens
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 SCORERS = ("released", "official")
 DEFAULT_BUCKETS = Buckets()
 
@@ -87,7 +89,9 @@ def load(
     settings = {"dtype": dtype or ("float32" if on_cpu else "bfloat16"), "scan_layers": not on_cpu}
     checkpoint = open_checkpoint(path, vision_tower=vision_tower)
     config = override(checkpoint.config, settings | (config_overrides or {}))
-    return VisionLanguageModel(config, checkpoint.params(config=config), load_tokenizer(path), buckets)
+    has_tokenizer = any((pathlib.Path(path) / name).is_file() for name in TOKENIZER_FILES)
+    tokenizer = load_tokenizer(path) if has_tokenizer else None  # logits of ids can be had without one
+    return VisionLanguageModel(config, checkpoint.params(config=config), tokenizer, buckets)
 
 
 class VisionLanguageModel:
@@ -228,7 +232,10 @@ class VisionLanguageModel:
     ) -> Iterator[tuple[int, Batch, int]]:
         """(index of the first sample, batch, number of real samples), pictures decoded batch by batch."""
         if self.tokenizer is None:
-            raise BatchError("this model was made without a tokeniser, so it reads ids (`logits`) but no text")
+            raise BatchError(
+                "this model came without a tokeniser, so it reads ids (`logits`) but no text; put the published "
+                f"checkpoint's {' or '.join(TOKENIZER_FILES)} into its folder and load it again"
+            )
         size = self.buckets.batch_sizes[-1]
         for first in range(0, len(prompts), size):
             samples = [

@@ -85,7 +85,7 @@ def flex_attention(
     rows: Rows,
     picture: Picture,
     selection: Selection,
-    read: Callable[[jax.Array, Selection], Part],
+    read: Callable[[jax.Array, Selection], Part] | None,
     layer: jax.Array,
     positions: jax.Array,
     alpha: jax.Array | None,
@@ -97,7 +97,7 @@ def flex_attention(
       lowres: attention of all T rows to the sequence.
       keys: (B, X, J, d), rotated keys among which the picture's N low-resolution ones are.
       selection: of the layer below, for the Q selectors.
-      read: attention of the readers' queries (B, R, H, d) to the selected cells.
+      read: attention of the readers' queries (B, R, H, d) to the selected cells; None where nothing is selected.
       layer: index in the whole decoder, for selector "random".
       positions: (B, T) int32, sequence positions of the T rows, for selector "random".
       alpha: share of high resolution in the readers' outputs while training warms up; None: all of it.
@@ -106,14 +106,17 @@ def flex_attention(
       Attention output (B, T, H, d), the new selection, and the map (B, Q, N) float32 that made it.
     """
     out, lse = lowres
-    low_out, low_lse = take_rows(out, rows.readers), take_rows(lse, rows.readers)
-    full_out, full_lse = merge((low_out, low_lse), read(take_rows(query, rows.readers), selection))
-    if alpha is not None:
-        full_out = ((1 - alpha) * low_out + alpha * full_out).astype(out.dtype)
-    out = put_rows(out, rows.readers, full_out)
+    map_lse = lse
+    if read is not None:
+        low_out, low_lse = take_rows(out, rows.readers), take_rows(lse, rows.readers)
+        full_out, full_lse = merge((low_out, low_lse), read(take_rows(query, rows.readers), selection))
+        if alpha is not None:
+            full_out = ((1 - alpha) * low_out + alpha * full_out).astype(out.dtype)
+        out = put_rows(out, rows.readers, full_out)
+        # The released code takes the map from the softmax without high resolution; the paper's Map' includes it.
+        if config.variant == "paper":
+            map_lse = put_rows(lse, rows.readers, full_lse)
 
-    # The released code takes the map from the softmax without high resolution; the paper's Map' includes it.
-    map_lse = lse if config.variant == "released" else put_rows(lse, rows.readers, full_lse)
     attention = image_map(
         take_rows(query, rows.selectors), keys, take_rows(map_lse, rows.selectors), picture.start, picture.content
     )
@@ -190,11 +193,11 @@ def random_scores(seed: int, layer: jax.Array, positions: jax.Array, cells: int)
 
 
 def project_cells(
-    tokens: jax.Array, cos: jax.Array, sin: jax.Array, key_kernel: jax.Array, value_kernel: jax.Array, heads: int
+    tokens: jax.Array, cos: jax.Array, sin: jax.Array, key_kernel: jax.Array, value_kernel: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Keys and values of high-resolution tokens: tokens (..., D), cos and sin (..., d/2) -> two of (..., J, d)."""
     key, value = (tokens @ kernel.T.astype(tokens.dtype) for kernel in (key_kernel, value_kernel))
-    key, value = (x.reshape(*x.shape[:-1], heads, -1) for x in (key, value))
+    key, value = (x.reshape(*x.shape[:-1], -1, 2 * cos.shape[-1]) for x in (key, value))
     return apply_rope(key, cos, sin), value
 
 
@@ -204,7 +207,6 @@ def read_union(
     picture: Picture,
     key_kernel: jax.Array,
     value_kernel: jax.Array,
-    heads: int,
     capacity: int,
 ) -> Part:
     """Reads cells that are projected on the spot: each sample's union of cells once, a mask for each row.
@@ -213,7 +215,6 @@ def read_union(
       query: (B, R, H, d).
       selection: (B, Q, C), within a union of at most `capacity` cells (`unite_rows`).
       key_kernel, value_kernel: (J*d, D).
-      heads: J.
       capacity: U, static.
     """
     tokens, cos, sin, keep = picture.tokens, picture.cos, picture.sin, selection.keep
@@ -222,7 +223,7 @@ def read_union(
         cells, _ = list_cells(keep.any(axis=1), capacity)
         tokens, cos, sin, valid = (read_rows(x, (), cells) for x in (tokens, cos, sin, valid))
         keep = (keep[..., None, :] & (cells[:, None, :, None] == jnp.arange(keep.shape[-1]))).any(axis=-1)
-    key, value = project_cells(tokens, cos, sin, key_kernel, value_kernel, heads)
+    key, value = project_cells(tokens, cos, sin, key_kernel, value_kernel)
     mask = keep[..., None] & valid[:, None]  # (B, Q, U, P)
     flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])  # noqa: E731
     return attend(query, flat(key), flat(value), mask.reshape(*mask.shape[:2], -1))
@@ -251,7 +252,6 @@ def read_cached(
       The attention to the selected cells, and the cache with them projected.
     """
     batch, rows, query_heads, _ = query.shape
-    heads = cache.key_hd.shape[-2]
     wanted = selection.keep.any(axis=1)
     projected = whole(cache.projected, at)
     length = -(-wanted.shape[-1] // CELLS_AT_ONCE) * CELLS_AT_ONCE
@@ -262,7 +262,7 @@ def read_cached(
         turn, key_hd, value_hd = state
         cells = jax.lax.dynamic_slice_in_dim(missing, turn * CELLS_AT_ONCE, CELLS_AT_ONCE, axis=1)
         tokens, cos, sin = (read_rows(x, (), cells) for x in (picture.tokens, picture.cos, picture.sin))
-        key, value = project_cells(tokens, cos, sin, key_kernel, value_kernel, heads)
+        key, value = project_cells(tokens, cos, sin, key_kernel, value_kernel)
         return turn + 1, write_rows(key_hd, at, cells, key), write_rows(value_hd, at, cells, value)
 
     _, key_hd, value_hd = jax.lax.while_loop(

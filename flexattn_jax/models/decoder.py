@@ -92,27 +92,32 @@ class SelfAttention(nn.Module):
                 for part in "kv"
             )
         if self.flex and step.rows is not None:
-            if cache is None:
-                selection = flexattention.limit_union(flex, selection)
-                read = partial(
-                    flexattention.read_union,
-                    picture=step.picture,
-                    key_kernel=kernels[0],
-                    value_kernel=kernels[1],
-                    heads=decoder.num_kv_heads,
-                    capacity=flex.sample_capacity,
-                )
-            else:
 
-                def read(rows_query, cells):
-                    nonlocal cache
-                    part, cache = flexattention.read_cached(rows_query, cells, step.picture, *kernels, cache, at)
-                    return part
+            def read(rows_query, cells):
+                nonlocal cache
+                if cache is None:
+                    return flexattention.read_union(rows_query, cells, step.picture, *kernels, flex.sample_capacity)
+                part, cache = flexattention.read_cached(rows_query, cells, step.picture, *kernels, cache, at)
+                return part
 
+            # Nothing is selected yet in the first layer; where layers are scanned, only the selection itself can tell.
+            nothing_selected = isinstance(index, int) and index == 0
             layer = index + self.config.num_plain_layers
             out, selection, attention = flexattention.flex_attention(
-                flex, query, lowres, keys, step.rows, step.picture, selection, read, layer, step.positions, step.alpha
+                flex,
+                query,
+                lowres,
+                keys,
+                step.rows,
+                step.picture,
+                selection,
+                None if nothing_selected else read,
+                layer,
+                step.positions,
+                step.alpha,
             )
+            if cache is None:
+                selection = flexattention.limit_union(flex, selection)
             named = {"cells": selection.keep, "overflow": selection.overflow}
             if step.capture:
                 named |= {"map": attention, "strength": selection.strength}

@@ -166,7 +166,7 @@ def test_wrong_calls_say_what_is_wrong(setup, tokenizer):
         vlm.answer([picture(0)], ["a"], max_new_tokens=0)
     with pytest.raises(BatchError, match="no picture"):
         vlm.generate_prompts([None], [build_prompt("a")])
-    with pytest.raises(BatchError, match="without a tokeniser"):
+    with pytest.raises(BatchError, match="came without a tokeniser"):
         VisionLanguageModel(config, params).answer([None], ["a"])
     with pytest.raises(KeyError, match="no intermediate heat here; there are"):
         vlm.logits(None, [[1, 5]], capture=["heat"])

@@ -1,0 +1,106 @@
+"""Answer rows, label expansion and the loss, against literal cases and the float64 restatement."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import restatement
+from conftest import random_params
+
+from flexattn_jax.config import override, preset
+from flexattn_jax.inputs.batching import Buckets, Sample, make_batch
+from flexattn_jax.models.vlm import VLM
+from flexattn_jax.training.loss import IGNORED, answer_rows, expand_labels, next_token_loss
+
+
+def test_answer_rows_precede_each_answer_token():
+    labels = np.array([[-100, -100, 7, 8, -100, 9], [-100, 1, 2, 3, 4, 5], [-100, -100, -100, -100, -100, -100]])
+    assert answer_rows(labels, [1, -1, 0]).tolist() == [[1, 2, 4], [6, 6, 6], [6, 6, 6]]
+    assert answer_rows(labels, [1, -1, 0], capacity=4).tolist()[0] == [1, 2, 4, 6]
+    with pytest.raises(ValueError, match="3 rows that predict an answer, but there is room for 2"):
+        answer_rows(labels, [1, -1, 0], capacity=2)
+
+
+def test_labels_make_room_for_the_picture():
+    labels = [np.array([-100, -100, 5, 6]), np.array([-100, 7])]
+    assert expand_labels(labels, [1, -1], 3, 7).tolist() == [
+        [-100, -100, -100, -100, 5, 6, -100],
+        [-100, 7, -100, -100, -100, -100, -100],
+    ]
+
+
+def conversation(config, seed=0):
+    rng = np.random.default_rng(seed)
+    ids = [rng.integers(3, 128, 12), rng.integers(3, 128, 9)]
+    ids[0][2] = -200
+    labels = [np.full(12, IGNORED), np.full(9, IGNORED)]
+    labels[0][[5, 6, 9, 10]] = ids[0][[5, 6, 9, 10]]  # two turns
+    labels[1][4:7] = ids[1][4:7]
+    pixels = rng.standard_normal((3, config.image_size, config.image_size)).astype(np.float32)
+    batch = make_batch([Sample(ids[0], pixels, (90, 60)), Sample(ids[1])], config, Buckets())
+    expanded = expand_labels(labels, batch.image_start, config.num_lowres_tokens, batch.token_ids.shape[1])
+    return ids, pixels, batch, expanded
+
+
+@pytest.mark.parametrize("alpha", [0.35, 1.0])
+def test_the_loss_of_a_mixed_batch_is_the_restated_one(tiny, alpha):
+    config, params = tiny
+    ids, pixels, batch, labels = conversation(config)
+    readers = answer_rows(labels, batch.image_start)
+    loss, _ = next_token_loss(VLM(config), params, batch, labels, readers, jnp.float32(alpha))
+    total, tokens = 0.0, 0
+    for b, prompt in enumerate(ids):
+        rows = np.flatnonzero(labels[b][1:] != IGNORED)
+        logits, _ = restatement.model(params, config, prompt, pixels, (90, 60), rows if b == 0 else (), alpha)
+        logits = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        total -= sum(logits[row, labels[b][row + 1]] for row in rows)
+        tokens += len(rows)
+    assert float(loss) == pytest.approx(total / tokens, abs=1e-5)
+
+
+def test_union_capacity_changes_nothing_while_it_is_not_exceeded(tiny):
+    config, params = tiny
+    few = override(config, {"flexattention.capacity": 1})
+    _, _, batch, labels = conversation(config)
+    readers = answer_rows(labels, batch.image_start)
+
+    def run(union):
+        model = VLM(override(few, {"flexattention.union_capacity": union}))
+        return jax.value_and_grad(lambda p: next_token_loss(model, p, batch, labels, readers)[0])(params)
+
+    (loss, gradient), (limited_loss, limited_gradient) = run(None), run(readers.shape[1])
+    assert float(loss) == pytest.approx(float(limited_loss), abs=1e-6)
+    for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(limited_gradient), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_cells_beyond_the_union_capacity_are_counted(tiny):
+    config, params = tiny
+    limited = override(config, {"flexattention.union_capacity": 1, "flexattention.threshold": 10.0})
+    _, _, batch, labels = conversation(config)
+    readers = answer_rows(labels, batch.image_start)
+    _, (_, named) = next_token_loss(VLM(limited), params, batch, labels, readers)
+    used = np.asarray(named["cells"])[:, 0].any(axis=1).sum(axis=-1)
+    assert (used <= 1).all() and np.asarray(named["overflow"]).sum() > 0
+
+
+def test_gradients_do_not_reach_tower_or_unread_projections(tiny):
+    config, params = tiny
+    _, _, batch, labels = conversation(config)
+    readers = answer_rows(labels, batch.image_start)
+    gradients = jax.grad(lambda p: next_token_loss(VLM(config), p, batch, labels, readers)[0])(params)
+    assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(gradients["vision"]))
+    first, *later = np.asarray(gradients["decoder"]["flex"]["self_attn"]["k_proj_hd"]["kernel"])
+    assert not first.any() and all(layer.any() for layer in later)
+
+
+def test_a_preset_of_random_parameters_matters():
+    """The restated loss would hold for a model that ignores its picture, were the selection empty."""
+    config = preset("tiny")
+    _, _, batch, labels = conversation(config)
+    readers = answer_rows(labels, batch.image_start)
+    params = random_params(config)
+    _, (_, named) = next_token_loss(VLM(config), params, batch, labels, readers)
+    off = next_token_loss(VLM(override(config, {"flexattention.enabled": False})), params, batch, labels, readers)[0]
+    on = next_token_loss(VLM(config), params, batch, labels, readers)[0]
+    assert np.asarray(named["cells"])[:-1, 0].any() and abs(float(on) - float(off)) > 1e-4
