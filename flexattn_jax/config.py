@@ -163,9 +163,11 @@ class VLMConfig:
     pad_token_id: int = 0
     dtype: str = "float32"  # of parameters and activations; softmax, norms and selection are always float32
     scan_layers: bool = True  # one compiled body for all layers; False: one copy a layer (faster on CPU, see docs)
+    remat: str = "none"  # training: what a decoder layer computes again in the backward pass, see models/layers.py
 
     def __post_init__(self):
         _one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        _one_of("remat", self.remat, ("none", "full", "dots"))
         patch = self.vision.patch_size
         _require(
             self.lowres_size % patch == 0 and self.lowres_size <= self.vision.image_size,

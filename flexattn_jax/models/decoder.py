@@ -218,7 +218,9 @@ class Decoder(nn.Module):
             selection = None
             if name == "flex" and step.rows is not None:
                 selection = flexattention.start_selection(flex, hidden.shape[0], step.rows.selectors.shape[1])
-            segment = layer_stack(DecoderLayer, name, length, config.scan_layers, config=config, flex=name == "flex")
+            segment = layer_stack(
+                DecoderLayer, name, length, config.scan_layers, config.remat, config=config, flex=name == "flex"
+            )
             carry = Carry(hidden=hidden, selection=selection, cache=caches.get(name))
             carry, outputs = segment(carry, step)
             hidden = carry.hidden

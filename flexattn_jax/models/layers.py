@@ -53,7 +53,9 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     }[name]
 
 
-def layer_stack(layer: type[nn.Module], name: str, length: int, scan: bool, **kwargs: Any) -> Callable:
+def layer_stack(
+    layer: type[nn.Module], name: str, length: int, scan: bool, remat: str = "none", **kwargs: Any
+) -> Callable:
     """A stack of equal layers as one function (carry, *broadcast) -> (carry, outputs stacked on axis 0).
 
     Args:
@@ -63,8 +65,14 @@ def layer_stack(layer: type[nn.Module], name: str, length: int, scan: bool, **kw
       length: number of layers.
       scan: True: one compiled body, parameters stacked on axis 0 under `name`. False: one body a layer, parameters
         under `name`_0, `name`_1, ...: compiles slower, but on CPU no layer's weights are copied out of the stack.
+      remat: what the backward pass computes again instead of keeping it: "none"; "full", all but the layers' inputs;
+        "dots", all but those and the results of products with weights.
       **kwargs: of the layer's constructor.
     """
+    if remat != "none":
+        # Inside a scan nothing can be merged across layers anyway; index (argument 2) is a Python int without one.
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+        layer = nn.remat(layer, policy=policy, prevent_cse=not scan, static_argnums=() if scan else (2,))
     if scan:
 
         def run(carry, *broadcast):
