@@ -264,11 +264,13 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
         _require(isinstance(value, dict), f"{path} must be a table of settings, not {value!r}")
         return from_dict(value, kind, path + ".")
     if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        allowed = int if item is int else (int, float)
         _require(
-            isinstance(value, (list, tuple)) and all(isinstance(v, (int, float)) for v in value),
-            f"{path} must be a list of numbers, not {value!r}",
+            isinstance(value, (list, tuple)) and all(isinstance(v, allowed) for v in value),
+            f"{path} must be a list of {'whole ' * (item is int)}numbers, not {value!r}",
         )
-        return tuple(float(v) for v in value)
+        return tuple(item(v) for v in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     _require(

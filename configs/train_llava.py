@@ -1,0 +1,94 @@
+"""LLaVA-1.5's training with FlexAttention's recipe, on conversations in LLaVA's format.
+
+python train.py --config=configs/train_llava.py            instruction tuning: decoder, connector, projections
+python train.py --config=configs/train_llava.py:align      alignment: the connector alone, low resolution only
+
+Give with either --config.start.checkpoint=DIR --config.data.conversations=FILE --config.data.pictures=DIR
+"""
+
+from ml_collections import config_dict
+
+
+def get_config(arg: str = "instruct") -> config_dict.ConfigDict:
+    """The settings of `train.py`; `arg` is what follows the colon in --config."""
+    if arg not in ("instruct", "align"):
+        raise ValueError(f"configs/train_llava.py has no {arg!r}; write configs/train_llava.py:instruct or :align")
+    align = arg == "align"
+    config = config_dict.ConfigDict()
+    config.start = config_dict.ConfigDict(
+        {
+            # An imported checkpoint, or published safetensors such as liuhaotian/llava-v1.5-7b, which then gets
+            # high-resolution projections drawn from N(0, 0.02) as in the released recipe.
+            "checkpoint": "",
+            "vision_tower": "",  # folder of the CLIP tower where the published weights do not hold it
+            "preset": "",  # instead of a checkpoint: random parameters of a preset ("tiny", "7b", ...)
+            "tokenizer": "",  # folder of the tokeniser; empty: the checkpoint's
+            "redraw": "connector" if align else "",  # parameters that begin anew: beginnings of their paths, by comma
+            "read_highres": not align,
+            "dtype": config_dict.placeholder(str),  # of the computation; None: float32 on CPU, else bfloat16
+        }
+    )
+    config.data = config_dict.ConfigDict(
+        {
+            "conversations": "",  # llava_v1_5_mix665k.json; align: blip_laion_cc_sbu_558k.json
+            "pictures": "",
+            "max_length": 2048,  # positions, the picture's 576 included, that a conversation is cut to
+            # Static sizes; every pair that is met compiles one program. T is 576 more.
+            "text_lengths": (64, 128, 256, 512, 1024, 1472),
+            "answer_rows": (64, 256, 1472),
+            "eval_samples": 256,  # held out of training
+            "window": 64,  # batches that are sorted by length together
+        }
+    )
+    config.optimizer = config_dict.ConfigDict(
+        {
+            "trainable": "connector" if align else "connector,decoder",
+            "learning_rate": 1e-3 if align else 2e-5,
+            "schedule": "cosine",  # or "constant"
+            "warmup_share": 0.03,
+            "b1": 0.9,
+            "b2": 0.999,
+            "eps": 1e-8,
+            "weight_decay": 0.0,
+            "clip_norm": 1.0,
+            "ema_decay": config_dict.placeholder(float),  # None: no moving average
+        }
+    )
+    config.batch_size = 256 if align else 384
+    config.accumulation = 1  # parts that a batch is cut into to save memory
+    config.epochs = 1.0
+    config.seed = 3407
+    config.export = "last"  # or "best"
+    config.export_dtype = "float32"  # or "bfloat16"
+    # What to change in the checkpoint's own configuration; None leaves a setting as it is.
+    config.model = config_dict.ConfigDict(
+        {
+            "scan_layers": config_dict.placeholder(bool),
+            "remat": "dots",  # or "full" (less memory), "none"
+            "flexattention": {
+                "first_layer": config_dict.placeholder(int),
+                "variant": config_dict.placeholder(str),  # "released" or "paper"
+                "selector": config_dict.placeholder(str),  # "attention", "random", "center" or "all"
+                "selection": config_dict.placeholder(str),  # "threshold" or "top_k"
+                "threshold": config_dict.placeholder(float),
+                "ablation_share": config_dict.placeholder(float),
+                "capacity": config_dict.placeholder(int),
+                "union_capacity": config_dict.placeholder(int),
+                "warmup": config_dict.placeholder(float),  # high resolution fades in over 1 / warmup epochs
+            },
+        }
+    )
+    config.loop = config_dict.ConfigDict(
+        {
+            "log_every": 10,
+            "eval_every": 200,
+            "save_every": 200,
+            "keep": 2,
+            "max_bad_steps": 10,
+            "profile_steps": "",  # "a:b": a profile of these steps in workdir/profile
+            "pictures": 4,
+            "threads": 8,
+            "read_ahead": 4,
+        }
+    )
+    return config

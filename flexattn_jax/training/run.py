@@ -1,0 +1,331 @@
+"""One training run from settings to a model folder: what train.py calls."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.progress import track
+
+from flexattn_jax.checkpoints.errors import CheckpointError
+from flexattn_jax.checkpoints.store import save_model
+from flexattn_jax.config import ConfigError, VLMConfig, from_dict
+from flexattn_jax.inputs.batching import BatchError, Buckets
+from flexattn_jax.inputs.conversations import ConversationError
+from flexattn_jax.inputs.datasets.llava import HOMES, Skipped, read_llava
+from flexattn_jax.inputs.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from flexattn_jax.models.vlm import VLM
+from flexattn_jax.training.checkpoints import Checkpointer, CheckpointFault
+from flexattn_jax.training.data import (
+    BatchPlan,
+    BatchSource,
+    ConversationSource,
+    SampleSource,
+    make_iterator,
+    split_off,
+)
+from flexattn_jax.training.flops import peak_flops, step_flops
+from flexattn_jax.training.logging import SKIPPED, RunLog
+from flexattn_jax.training.loop import LoopConfig, Run, StopRequest, TrainingFault, mean_loss, train
+from flexattn_jax.training.optimizer import OptimizerConfig, build_optimizer
+from flexattn_jax.training.pictures import draw_selection, first_with_pictures, make_selection
+from flexattn_jax.training.start import StartConfig, open_start, param_shapes
+from flexattn_jax.training.state import TrainState, create_state
+from flexattn_jax.training.step import alpha_ramp, make_eval_step, make_train_step, vlm_loss
+
+MODEL = "model"
+RUN = "run.json"
+
+# Mistakes of the user's, each of which says what to do; anything else that is raised is a fault of the program.
+USER_ERRORS = (
+    TrainingFault,
+    CheckpointFault,
+    CheckpointError,
+    ConversationError,
+    ConfigError,
+    TokenizerError,
+    BatchError,
+)
+
+# (tokenizer, model's configuration, workdir) -> samples, conversations that are left out, a digest of the data.
+MakeSource = Callable[[Tokenizer, VLMConfig, Path], tuple[SampleSource, list[Skipped], str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Static sizes, and what is held out."""
+
+    text_lengths: tuple[int, ...] = (64, 128, 256, 512, 1024, 1472)  # T without the picture's slots
+    answer_rows: tuple[int, ...] = (16, 64, 256, 512, 1024, 1472)  # R
+    eval_samples: int = 256  # held out of training, drawn by the seed
+    window: int = 64  # batches that are sorted by length together
+
+    def __post_init__(self):
+        Buckets(text_lengths=self.text_lengths)
+        Buckets(text_lengths=self.answer_rows)
+        if self.window < 1:
+            raise ConfigError(f"data.window is {self.window}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """What is learned depends on all of this but `loop`."""
+
+    start: StartConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    loop: LoopConfig
+    batch_size: int = 384  # samples a step
+    accumulation: int = 1  # parts of a step's batch, one after the other in memory
+    epochs: float = 1.0
+    seed: int = 0
+    export: str = "last"  # or "best": the checkpoint with the lowest evaluation loss
+    export_dtype: str = "float32"  # of the parameters in workdir/model; or "bfloat16"
+
+    def __post_init__(self):
+        if self.batch_size < 1 or self.accumulation < 1 or self.batch_size % self.accumulation:
+            raise ConfigError(
+                f"batch_size {self.batch_size} must be a positive multiple of accumulation {self.accumulation}"
+            )
+        if self.epochs <= 0 or self.seed < 0:
+            raise ConfigError(f"epochs {self.epochs} must be above 0, and seed {self.seed} not below it")
+        if self.export not in ("last", "best") or self.export_dtype not in ("float32", "bfloat16"):
+            raise ConfigError(
+                f"export is {self.export!r} and export_dtype {self.export_dtype!r}; known are last and best, float32 "
+                "and bfloat16"
+            )
+
+
+def run_llava(settings: Mapping[str, Any], workdir: str | Path) -> Path:
+    """Trains on conversations in LLaVA's format; `settings` are those of configs/train_llava.py."""
+    settings = {name: dict(v) if isinstance(v, Mapping) else v for name, v in settings.items()}
+    own = {name: settings["data"].pop(name) for name in ("conversations", "pictures", "max_length")}
+    for name in ("conversations", "pictures"):
+        if not own[name]:
+            raise ConversationError(f"--config.data.{name} is not given; {HOMES}")
+
+    def make_source(tokenizer: Tokenizer, config: VLMConfig, folder: Path) -> tuple:
+        conversations, skipped = read_llava(own["conversations"], own["pictures"])
+        progress = functools.partial(track, description=f"tokenising {len(conversations)} conversations")
+        source = ConversationSource(
+            conversations,
+            Path(own["pictures"]),
+            tokenizer,
+            config,
+            own["max_length"],
+            folder / "lengths.npz",
+            progress,
+        )
+        return source, skipped + source.skipped, source.digest
+
+    return run_training(settings, workdir, make_source, {"data": own})
+
+
+def run_training(
+    settings: Mapping[str, Any], workdir: str | Path, make_source: MakeSource, also: Mapping[str, Any] | None = None
+) -> Path:
+    """Trains a model, or goes on where a run in this workdir stopped, and writes workdir/model.
+
+    Args:
+        settings: of RunConfig by name, and `model`, nested overrides of the model's configuration (None: as it is).
+        workdir: of this run alone.
+        make_source: the data.
+        also: further settings that what is learned depends on.
+
+    Returns:
+        The folder of the trained model, which `flexattn_jax.load` opens.
+
+    Raises:
+        one of USER_ERRORS. SystemExit(0) after SIGTERM, when the state is saved.
+    """
+    settings = dict(settings)
+    overrides = _dotted(settings.pop("model", {}))
+    config: RunConfig = from_dict(settings, RunConfig)
+    workdir = Path(workdir)
+    with StopRequest() as stop, _locked(workdir):
+        start = open_start(config.start, overrides, config.seed)
+        tokenizer = load_tokenizer(start.tokenizer)
+        source, skipped, digest = make_source(tokenizer, start.config, workdir)
+        if not len(source):
+            raise ConversationError(f"no sample can be used; the first reason: {skipped[0].reason if skipped else '-'}")
+        identity = dataclasses.asdict(config) | {"model": overrides, "also": dict(also or {}), "digest": digest}
+        del identity["loop"]
+        _claim(workdir, identity)
+        return _run(config, start, source, skipped, workdir, stop)
+
+
+def _run(config: RunConfig, start: Any, source: SampleSource, skipped: list, workdir: Path, stop: StopRequest) -> Path:
+    vlm, loop = start.config, config.loop
+    train_rows, eval_rows = split_off(len(source), config.data.eval_samples, config.seed)
+    steps_per_epoch = -(-len(train_rows) // config.batch_size)
+    total = max(1, round(config.epochs * steps_per_epoch))
+    buckets = Buckets(text_lengths=config.data.text_lengths)
+    plan = BatchPlan(config.batch_size, buckets, config.data.answer_rows, config.seed, config.data.window)
+    train_source = BatchSource(source, train_rows, vlm, plan, total)
+    part = dataclasses.replace(plan, batch_size=config.batch_size // config.accumulation)
+    eval_source = BatchSource(source, eval_rows, vlm, part)
+
+    model, optimizer = VLM(vlm), build_optimizer(config.optimizer, total)
+    create = functools.partial(create_state, config=config.optimizer, optimizer=optimizer, seed=config.seed)
+    checkpointer = Checkpointer(workdir, loop.keep, _say)
+    log = None
+    try:
+        batches = make_iterator(train_source, loop.threads, loop.read_ahead)
+        newest = checkpointer.latest_step
+        if newest is None:
+            state = jax.jit(create, donate_argnums=0)(start.params())
+        else:
+            like = _shapes(jax.eval_shape(create, param_shapes(vlm)))
+            state, place = checkpointer.restore(newest, like)
+            batches.set_state(place)
+            _say(f"going on from the checkpoint of step {newest} in {workdir}")
+        log = RunLog(workdir, int(state.step))
+        for name, reason in skipped:
+            log.skipped(name, reason)
+        _say(
+            f"{len(train_rows)} samples to train on, {len(eval_rows)} to evaluate on, "
+            f"{log.skipped_count} cannot be used" + (f" (listed in {workdir / SKIPPED})" if log.skipped_count else "")
+        )
+        _say(f"{total} steps, {steps_per_epoch} an epoch; {_count(state.trained)} of {_count(state.params)} trained")
+        loss_fn = vlm_loss(model)
+        warmup = vlm.flexattention.warmup if vlm.reads_highres else 0.0
+        alpha = alpha_ramp(warmup, steps_per_epoch)
+        step = make_train_step(loss_fn, optimizer, alpha, config.accumulation, config.optimizer.ema_decay)
+        run = Run(
+            config=loop,
+            total_steps=total,
+            steps_per_epoch=steps_per_epoch,
+            step=step,
+            evaluate=_evaluation(model, eval_source, loop, log),
+            flops=_flops(vlm, config, state),
+            checkpointer=checkpointer,
+            log=log,
+            workdir=workdir,
+            say=_say,
+        )
+        state, finished = train(run, state, batches, stop)
+        if not finished:
+            raise SystemExit(0)
+        if log.skipped_count:
+            _say(f"{log.skipped_count} samples were left out; {workdir / SKIPPED} lists them")
+        return _export(config, start, state, checkpointer, workdir)
+    finally:
+        if log is not None:
+            log.close()
+        checkpointer.close()
+
+
+def _evaluation(model: VLM, source: BatchSource, loop: LoopConfig, log: RunLog) -> Callable:
+    eval_step, selection = make_eval_step(vlm_loss(model)), make_selection(model)
+
+    def evaluate(state: TrainState, step: int) -> float | None:
+        if not len(source):
+            return None
+        loss = mean_loss(eval_step, state, make_iterator(source, loop.threads, loop.read_ahead), log)
+        if loop.pictures and model.config.reads_highres:
+            batch = first_with_pictures(source[0].data, loop.pictures)
+            if batch.labels.shape[0]:
+                cells = np.asarray(selection(state.averaged_params, batch))
+                for row, pixels in enumerate(np.asarray(batch.batch.pixels)):
+                    log.picture(step, f"cells/{row}", draw_selection(pixels, cells[:, row], model.config))
+        return loss
+
+    return evaluate
+
+
+def _export(config: RunConfig, start: Any, state: TrainState, checkpointer: Checkpointer, workdir: Path) -> Path:
+    best = checkpointer.best_step
+    if config.export == "best" and best is not None and best != int(state.step):
+        state, _ = checkpointer.restore(best, _shapes(state))
+        _say(f"the checkpoint of step {best} has the lowest evaluation loss and is taken")
+    dtype = config.export_dtype
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), state.averaged_params)
+    save_model(
+        workdir / MODEL, dataclasses.replace(start.config, dtype=dtype, remat="none"), params, like=start.tokenizer
+    )
+    _say(f"trained for {int(state.step)} steps; the model is in {workdir / MODEL}")
+    return workdir / MODEL
+
+
+def _flops(vlm: VLMConfig, config: RunConfig, state: TrainState) -> Callable[[int, int], float] | None:
+    devices = list(state.step.devices())
+    peak = peak_flops(devices[0])
+    if peak is None:
+        return None
+    trains_decoder = "decoder" in state.trained
+    return lambda length, rows: step_flops(vlm, config.batch_size, length, rows, trains_decoder) / (peak * len(devices))
+
+
+def _shapes(tree: Any) -> Any:
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
+
+
+def _count(tree: Any) -> str:
+    return f"{sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6:,.2f} M"
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+
+
+@contextlib.contextmanager
+def _locked(workdir: Path) -> Iterator[None]:
+    """Holds a workdir for one run."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / ".lock").open("w")
+    except OSError as error:
+        raise TrainingFault(f"the workdir {workdir} cannot be written ({error.strerror}); give another one") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise TrainingFault(f"another run is at work in {workdir}; wait for it or give another --workdir") from None
+        yield
+
+
+def _claim(workdir: Path, identity: dict[str, Any]) -> None:
+    """Writes run.json, or checks that the run there is this one."""
+    file = workdir / RUN
+    identity = json.loads(json.dumps(identity))
+    if not file.is_file():
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(identity, indent=1) + "\n")
+        partial.replace(file)
+        return
+    try:
+        before = _dotted(json.loads(file.read_bytes()))
+    except (ValueError, AttributeError):
+        raise TrainingFault(f"{file} is damaged; give another --workdir to begin afresh") from None
+    now = _dotted(identity)
+    changed = [
+        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+    if changed:
+        what = "; ".join(changed).replace("digest was", "the data changed: its digest was")
+        raise TrainingFault(
+            f"{workdir} holds a run with other settings ({what}); give another --workdir, or the same settings"
+        )
+
+
+def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1, "c": None}} as {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _dotted(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,117 @@
+"""What a run begins with: a configuration, and parameters read from a checkpoint, drawn, or some of each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from flexattn_jax.checkpoints import layouts
+from flexattn_jax.checkpoints.errors import CheckpointError
+from flexattn_jax.checkpoints.source import SourceCheckpoint, open_source
+from flexattn_jax.checkpoints.store import open_checkpoint
+from flexattn_jax.checkpoints.trees import flatten, nest, unstack_layers
+from flexattn_jax.config import ConfigError, VLMConfig, override, preset
+from flexattn_jax.training.state import draw_params
+
+
+@dataclasses.dataclass(frozen=True)
+class StartConfig:
+    """Where the model comes from."""
+
+    checkpoint: str = ""  # folder of an imported, trained or published checkpoint; "": random parameters
+    vision_tower: str = ""  # folder of the tower where published safetensors do not hold it
+    preset: str = ""  # without a checkpoint: the configuration, see config.preset
+    tokenizer: str = ""  # folder of the tokeniser; "": the checkpoint's
+    redraw: str = ""  # parameters that begin anew although the checkpoint has them: beginnings of paths, by comma
+    read_highres: bool = True  # FlexAttention on; a LLaVA-1.5 checkpoint gets projections drawn by the seed
+    dtype: str | None = None  # of the computation; None: float32 on CPU, else bfloat16. Parameters are float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A model to train.
+
+    config: of the model, `dtype` that of the computation.
+    tokenizer: folder.
+    params: reads or draws the float32 parameters; called only if the run does not go on from its own checkpoint.
+    """
+
+    config: VLMConfig
+    tokenizer: Path
+    params: Callable[[], dict[str, Any]]
+
+
+def open_start(start: StartConfig, overrides: Mapping[str, Any], seed: int) -> Start:
+    """Opens what a run begins with; reads no parameter yet.
+
+    Args:
+      overrides: dotted settings of the model, as for `config.override`.
+      seed: of what is drawn.
+
+    Raises:
+      CheckpointError, ConfigError: what is missing, damaged or does not go together.
+    """
+    dtype = start.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    overrides = dict(overrides) | {"dtype": dtype}
+    if not start.checkpoint:
+        if not (start.preset and start.tokenizer):
+            raise ConfigError(
+                "there is nothing to begin with: give --config.start.checkpoint, the folder of an imported or "
+                "published checkpoint such as liuhaotian/llava-v1.5-7b, or, to train from random parameters, "
+                "--config.start.preset and --config.start.tokenizer"
+            )
+        config = _configure(preset(start.preset), start, overrides)
+        draw = jax.jit(lambda: draw_params(config, seed))
+        return Start(config, Path(start.tokenizer), lambda: _arranged(draw(), config))
+    opened = open_checkpoint(start.checkpoint, start.vision_tower or None)
+    if start.read_highres and opened.config.flexattention is None:
+        if not isinstance(opened, SourceCheckpoint):
+            raise CheckpointError(
+                f"{start.checkpoint} has no high-resolution projections; import the published checkpoint again with "
+                "--flexattention, or set start.read_highres to False"
+            )
+        opened = open_source(start.checkpoint, start.vision_tower or None, init_seed=seed)
+    config = _configure(opened.config, start, overrides)
+    stacked = dataclasses.replace(config, scan_layers=True)
+    redrawn = _redrawn(start.redraw, config)
+
+    def read() -> dict[str, Any]:
+        params = opened.params(config=stacked, dtype="float32")
+        if not redrawn:
+            return _arranged(params, config)
+        fresh = jax.jit(lambda: {p: leaf for p, leaf in flatten(draw_params(config, seed)).items() if p in redrawn})()
+        return _arranged(nest(flatten(params) | fresh), config)
+
+    return Start(config, Path(start.tokenizer or start.checkpoint), read)
+
+
+def param_shapes(config: VLMConfig) -> dict[str, Any]:
+    """The parameter tree of a configuration as jax.ShapeDtypeStruct, float32."""
+    return jax.eval_shape(lambda: _arranged(draw_params(config, 0), config))
+
+
+def _configure(config: VLMConfig, start: StartConfig, overrides: dict[str, Any]) -> VLMConfig:
+    if config.flexattention is not None:
+        return override(config, {"flexattention.enabled": start.read_highres} | overrides)
+    if start.read_highres:
+        raise ConfigError(f"preset {start.preset!r} has no FlexAttention; set start.read_highres to False")
+    return override(config, {key: v for key, v in overrides.items() if not key.startswith("flexattention.")})
+
+
+def _redrawn(prefixes: str, config: VLMConfig) -> set[str]:
+    paths = set(layouts.leaf_shapes(config))
+    chosen: set[str] = set()
+    for prefix in (p.strip().strip("/") for p in prefixes.split(",") if p.strip()):
+        found = {path for path in paths if path == prefix or path.startswith(prefix + "/")}
+        if not found:
+            raise ConfigError(f"start.redraw names {prefix!r}, but no parameter's path begins so")
+        chosen |= found
+    return chosen
+
+
+def _arranged(params: dict[str, Any], config: VLMConfig) -> dict[str, Any]:
+    return params if config.scan_layers else unstack_layers(params)

@@ -1,0 +1,83 @@
+"""What a run carries from step to step, and how it begins."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from flexattn_jax.checkpoints import layouts
+from flexattn_jax.checkpoints.trees import nest
+from flexattn_jax.config import VLMConfig
+from flexattn_jax.training.optimizer import Optimizer, OptimizerConfig, join_params, split_params
+
+INIT_DEVIATION = 0.02
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a checkpoint holds beside the place in the data.
+
+    step: () int32, steps done, skipped ones included.
+    trained, frozen: the parameters, float32.
+    moments: state of the optimiser, for `trained` alone.
+    average: moving average of `trained`, or None.
+    key: random key; step k uses `fold_in(key, k)`.
+    bad_in_a_row, skipped: () int32, updates that were left out for a loss or gradient that was not finite.
+    """
+
+    step: jax.Array
+    trained: dict
+    frozen: dict
+    moments: Any
+    average: dict | None
+    key: jax.Array
+    bad_in_a_row: jax.Array
+    skipped: jax.Array
+
+    @property
+    def params(self) -> dict:
+        """The whole tree."""
+        return join_params(self.trained, self.frozen)
+
+    @property
+    def averaged_params(self) -> dict:
+        """The whole tree with the moving average where there is one: what is evaluated and exported."""
+        return join_params(self.trained if self.average is None else self.average, self.frozen)
+
+
+def create_state(params: dict, config: OptimizerConfig, optimizer: Optimizer, seed: int) -> TrainState:
+    """The state before the first step; a pure function, so that under jit it is born in its shardings."""
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+    trained, frozen = split_params(params, config.trainable)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero,
+        trained=trained,
+        frozen=frozen,
+        moments=optimizer.transform.init(trained),
+        # A copy: both are donated to the step, and one buffer cannot be donated twice.
+        average=jax.tree.map(jnp.copy, trained) if config.ema_decay else None,
+        key=jax.random.key(seed),
+        bad_in_a_row=zero,
+        skipped=zero,
+    )
+
+
+def draw_params(config: VLMConfig, seed: int) -> dict[str, Any]:
+    """Random parameters, stacked over layers: N(0, 0.02), norms 1, biases 0; jit it.
+
+    A leaf depends on the seed and its own path, not on the other leaves.
+    """
+    return nest({path: _draw(path, shape, seed) for path, shape in layouts.leaf_shapes(config).items()})
+
+
+def _draw(path: str, shape: tuple[int, ...], seed: int) -> jax.Array:
+    name = path.rsplit("/", 1)[-1]
+    if name in ("scale", "bias"):
+        return jnp.full(shape, float(name == "scale"), jnp.float32)
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
+    return INIT_DEVIATION * jax.random.normal(key, shape, jnp.float32)
