@@ -53,17 +53,17 @@ def create_state(params: dict, config: OptimizerConfig, optimizer: Optimizer, se
     """The state before the first step; a pure function, so that under jit it is born in its shardings."""
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
     trained, frozen = split_params(params, config.trainable)
-    zero = jnp.zeros((), jnp.int32)
+    zeros = jnp.zeros(3, jnp.int32)
     return TrainState(
-        step=zero,
+        step=zeros[0],
         trained=trained,
         frozen=frozen,
         moments=optimizer.transform.init(trained),
         # A copy: both are donated to the step, and one buffer cannot be donated twice.
         average=jax.tree.map(jnp.copy, trained) if config.ema_decay else None,
         key=jax.random.key(seed),
-        bad_in_a_row=zero,
-        skipped=zero,
+        bad_in_a_row=zeros[1],
+        skipped=zeros[2],
     )
 
 
