@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from flexattn_jax.config import FlexAttentionConfig
-from flexattn_jax.ops.attention import MASKED, attend, merge
+from flexattn_jax.ops.attention import MASKED, attend, merge, scaled_logits
 from flexattn_jax.ops.cache import LayerCache, read_rows, whole, write_rows
 from flexattn_jax.ops.rope import apply_rope
 from flexattn_jax.ops.selection import (
@@ -95,7 +95,7 @@ def flex_attention(
     Args:
       query: (B, T, H, d), rotated.
       lowres: attention of all T rows to the sequence.
-      keys: (B, X, J, d), rotated keys among which the picture's N low-resolution ones are.
+      keys: (B, X, J*d), rotated keys among which the picture's N low-resolution ones are.
       selection: of the layer below, for the Q selectors.
       read: attention of the readers' queries (B, R, H, d) to the selected cells; None where nothing is selected.
       layer: index in the whole decoder, for selector "random".
@@ -129,7 +129,7 @@ def image_map(query: jax.Array, keys: jax.Array, lse: jax.Array, start: jax.Arra
     """Attention of each selector row to the N low-resolution tokens, summed over heads; no gradient.
 
     Args:
-      query: (B, Q, H, d); keys: (B, X, J, d); lse: (B, Q, H) of the softmax that the map belongs to.
+      query: (B, Q, H, d); keys: (B, X, J*d); lse: (B, Q, H) of the softmax that the map belongs to.
       start: (B,) place of the first image token among the keys.
       content: (B, N); only its shape is used.
 
@@ -137,10 +137,8 @@ def image_map(query: jax.Array, keys: jax.Array, lse: jax.Array, start: jax.Arra
       (B, Q, N) float32.
     """
     query, keys, lse = jax.lax.stop_gradient((query, keys, lse))
-    batch, rows, heads, width = query.shape
-    query = query.reshape(batch, rows, keys.shape[2], -1, width)
-    logits = jnp.einsum("bqjgd,bxjd->bqjgx", query, keys, preferred_element_type=jnp.float32) * width**-0.5
-    probabilities = jnp.exp(logits.reshape(batch, rows, heads, -1) - lse[..., None]).sum(axis=2)  # (B, Q, X)
+    logits = scaled_logits(query, keys)  # (B, H, Q, X)
+    probabilities = jnp.exp(logits - lse.swapaxes(1, 2)[..., None]).sum(axis=1)
     return jax.vmap(lambda row_maps, first: jax.lax.dynamic_slice_in_dim(row_maps, first, content.shape[-1], axis=1))(
         probabilities, jnp.maximum(start, 0)
     )
@@ -195,10 +193,10 @@ def random_scores(seed: int, layer: jax.Array, positions: jax.Array, cells: int)
 def project_cells(
     tokens: jax.Array, cos: jax.Array, sin: jax.Array, key_kernel: jax.Array, value_kernel: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of high-resolution tokens: tokens (..., D), cos and sin (..., d/2) -> two of (..., J, d)."""
+    """Keys and values of high-resolution tokens: tokens (..., D), cos and sin (..., d/2) -> two of (..., J*d)."""
     key, value = (tokens @ kernel.T.astype(tokens.dtype) for kernel in (key_kernel, value_kernel))
-    key, value = (x.reshape(*x.shape[:-1], -1, 2 * cos.shape[-1]) for x in (key, value))
-    return apply_rope(key, cos, sin), value
+    heads = key.reshape(*key.shape[:-1], -1, 2 * cos.shape[-1])
+    return apply_rope(heads, cos, sin).reshape(key.shape), value
 
 
 def read_union(
@@ -225,7 +223,7 @@ def read_union(
         keep = (keep[..., None, :] & (cells[:, None, :, None] == jnp.arange(keep.shape[-1]))).any(axis=-1)
     key, value = project_cells(tokens, cos, sin, key_kernel, value_kernel)
     mask = keep[..., None] & valid[:, None]  # (B, Q, U, P)
-    flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])  # noqa: E731
+    flat = lambda x: x.reshape(x.shape[0], -1, x.shape[-1])  # noqa: E731
     return attend(query, flat(key), flat(value), mask.reshape(*mask.shape[:2], -1))
 
 
@@ -274,7 +272,7 @@ def read_cached(
     def read(state):
         turn, out, lse = state
         cells = jax.lax.dynamic_slice_in_dim(listed, turn * CELLS_AT_ONCE, CELLS_AT_ONCE, axis=1)
-        key, value = (read_rows(x, at, cells).reshape(batch, -1, *x.shape[-2:]) for x in (key_hd, value_hd))
+        key, value = (read_rows(x, at, cells).reshape(batch, -1, x.shape[-1]) for x in (key_hd, value_hd))
         keep = (selection.keep[:, :, None] & (cells[:, None, :, None] == jnp.arange(wanted.shape[-1]))).any(axis=-1)
         mask = keep[..., None] & picture.valid.at[cells].get(mode="clip")[:, None]
         out, lse = merge((out, lse), attend(query, key, value, mask.reshape(*keep.shape[:2], -1)))

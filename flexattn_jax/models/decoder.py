@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +14,7 @@ from flexattn_jax.highres import flexattention
 from flexattn_jax.highres.flexattention import Picture, Rows
 from flexattn_jax.models.layers import Kernel, Linear, layer_stack
 from flexattn_jax.ops.attention import attend, merge
-from flexattn_jax.ops.cache import SegmentCache, close_layer, open_layer, whole, write_prefix, write_rows
+from flexattn_jax.ops.cache import SegmentCache, close_layer, open_layer, read_sequence, write_sequence
 from flexattn_jax.ops.rope import apply_rope, rope_table
 from flexattn_jax.ops.selection import Selection
 
@@ -26,7 +25,8 @@ class Step:
 
     positions: (B, T) int32, places of this call's tokens in the sequence (rotation, cache slots).
     cos, sin: (B, T, d/2) float32, filled in by the decoder.
-    mask: bool, broadcastable to (B, T, T), which of this call's tokens each of them may read.
+    mask: bool, broadcastable to (B, T, T), which of this call's tokens each of them may read; not needed where they
+      continue a cache and are appended to it: the order of positions is their mask then.
     past: (B,) int32, tokens already in the cache, all of which are read; None: this call starts the sequence.
     picture, rows: None where no row of this call reads high resolution.
     alpha: () float32, see flex_attention; None: 1.
@@ -35,7 +35,7 @@ class Step:
     """
 
     positions: jax.Array
-    mask: jax.Array
+    mask: jax.Array | None = None
     cos: jax.Array | None = None
     sin: jax.Array | None = None
     past: jax.Array | None = None
@@ -66,24 +66,29 @@ class SelfAttention(nn.Module):
         """x (B, T, D), normalised -> attention output (B, T, D), the new carry, named intermediates."""
         decoder, flex = self.config.decoder, self.config.flexattention
         batch, length, _ = x.shape
-        heads = {"q": decoder.num_heads, "k": decoder.num_kv_heads, "v": decoder.num_kv_heads}
         query, key, value = (
-            Linear(n * decoder.head_dim, name=f"{part}_proj")(x).reshape(batch, length, n, decoder.head_dim)
-            for part, n in heads.items()
+            Linear(heads * decoder.head_dim, name=f"{part}_proj")(x).reshape(batch, length, heads, decoder.head_dim)
+            for part, heads in (("q", decoder.num_heads), ("k", decoder.num_kv_heads), ("v", decoder.num_kv_heads))
         )
         query, key = apply_rope(query, step.cos, step.sin), apply_rope(key, step.cos, step.sin)
+        key, value = (part.reshape(batch, length, -1) for part in (key, value))
 
         cache, at = (None, ()) if carry.cache is None else open_layer(carry.cache, index)
-        lowres, keys = attend(query, key, value, step.mask), key
-        if step.past is not None:
-            keys = whole(cache.key, at)
-            filled = (jnp.arange(keys.shape[1]) < step.past[:, None])[:, None]  # (B, 1, S)
-            lowres = merge(attend(query, keys, whole(cache.value, at), filled), lowres)
         if cache is not None and step.append:
-            write = partial(write_rows, places=step.positions) if step.past is not None else write_prefix
             cache = cache.replace(
-                key=write(cache.key, at=at, values=key), value=write(cache.value, at=at, values=value)
+                key=write_sequence(cache.key, at, key, step.past),
+                value=write_sequence(cache.value, at, value, step.past),
             )
+        if step.past is None:
+            lowres, keys = attend(query, key, value, step.mask), key
+        else:
+            keys, values = read_sequence(cache.key, at), read_sequence(cache.value, at)
+            place = jnp.arange(keys.shape[1])
+            if step.append:  # what was just written is read back with the rest
+                lowres = attend(query, keys, values, place <= step.positions[..., None])
+            else:
+                past = attend(query, keys, values, (place < step.past[:, None])[:, None])
+                lowres = merge(past, attend(query, key, value, step.mask))
 
         named, selection = {}, carry.selection
         if self.flex:

@@ -49,8 +49,8 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (B, n, Dv) -> (B, n, Dv)."""
         split = (*x.shape[:-1], self.num_heads, x.shape[-1] // self.num_heads)
-        query, key, value = (Linear(x.shape[-1], True, name=f"{part}_proj")(x).reshape(split) for part in "qkv")
-        out, _ = attend(query, key, value)
+        query, key, value = (Linear(x.shape[-1], True, name=f"{part}_proj")(x) for part in "qkv")
+        out, _ = attend(query.reshape(split), key, value)
         return Linear(x.shape[-1], True, name="out_proj")(out.reshape(x.shape))
 
 

@@ -214,7 +214,6 @@ class VLM(nn.Module):
         row = jnp.zeros((token_ids.shape[0], 1), jnp.int32)
         step = Step(
             positions=memory.lengths[:, None],
-            mask=jnp.ones((1, 1, 1), bool),
             past=memory.lengths,
             picture=memory.picture,
             rows=None if memory.picture is None else Rows(row, row),

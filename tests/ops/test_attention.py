@@ -13,6 +13,7 @@ from flexattn_jax.ops.attention import attend, merge
 def reference(query, key, value, mask):
     """Softmax attention in float64, one head at a time."""
     batch, rows, heads, width = query.shape
+    key, value = (x.reshape(batch, x.shape[1], -1, width) for x in (key, value))
     share = heads // key.shape[2]
     out, lse = np.zeros(query.shape), np.zeros((batch, rows, heads))
     for b in range(batch):
@@ -29,15 +30,16 @@ def reference(query, key, value, mask):
 def arrays(seed, batch=2, rows=5, keys=7, heads=4, kv_heads=2, width=8):
     rng = np.random.default_rng(seed)
     query = rng.standard_normal((batch, rows, heads, width), np.float32)
-    key, value = rng.standard_normal((2, batch, keys, kv_heads, width), np.float32)
+    key, value = rng.standard_normal((2, batch, keys, kv_heads * width), np.float32)
     mask = rng.random((batch, rows, keys)) < 0.6
     mask[..., 0] = True
     return query, key, value, mask
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_attend_is_softmax_attention(kv_heads):
-    query, key, value, mask = arrays(0, kv_heads=kv_heads)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_attend_is_softmax_attention(rows, kv_heads):
+    query, key, value, mask = arrays(0, rows=rows, kv_heads=kv_heads)
     out, lse = attend(query, key, value, mask)
     expected_out, expected_lse = reference(query, key, value, mask)
     np.testing.assert_allclose(out, expected_out, atol=1e-6)
