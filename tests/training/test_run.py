@@ -1,0 +1,205 @@
+"""Whole runs on a tiny model: what they leave behind, and that stopping them in any way changes nothing."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import flexattn_jax
+from flexattn_jax.checkpoints.store import load_params
+from flexattn_jax.config import ConfigError
+from flexattn_jax.inputs.conversations import ConversationError
+from flexattn_jax.training.loop import LoopConfig, TrainingFault
+from flexattn_jax.training.run import run_llava
+
+REPOSITORY = Path(__file__).parents[2]
+STEPS = 14
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Programs are compiled once for all runs of this file, in whichever process."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+def command(settings, workdir, **changes):
+    """train.py with `settings` on its command line."""
+    words = [sys.executable, str(REPOSITORY / "train.py"), f"--config={REPOSITORY / 'configs' / 'train_llava.py'}"]
+
+    def add(values, prefix):
+        for name, value in values.items():
+            if isinstance(value, dict):
+                add(value, f"{prefix}.{name}")
+            elif value is not None:
+                words.append(f"--{prefix}.{name}={value}")
+
+    add(settings | changes, "--config"[2:])
+    return [*words, f"--workdir={workdir}"]
+
+
+def start(words, compiled):
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    return subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=REPOSITORY
+    )
+
+
+def read_metrics(workdir):
+    file = Path(workdir) / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.is_file() else []
+
+
+def stop_at(process, workdir, step, how):
+    """Sends a signal once `step` steps are logged; returns what was printed."""
+    deadline = time.monotonic() + 300
+    while sum("loss" in entry for entry in read_metrics(workdir)) < step:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(how)
+    return process.communicate(timeout=120)[0]
+
+
+@pytest.fixture(scope="module")
+def whole(compiled, tmp_path_factory, request):
+    """A run that nothing disturbed."""
+    return {"workdir": tmp_path_factory.mktemp("whole") / "run", "said": None}
+
+
+@pytest.fixture
+def undisturbed(whole, settings, compiled):
+    if whole["said"] is None:
+        process = start(command(settings, whole["workdir"]), compiled)
+        whole["said"] = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, whole["said"]
+    return whole
+
+
+def same_end(one, other):
+    """Bit-equal parameters, and the same losses at the same steps: the same data in the same order."""
+    first, second = (load_params(Path(w) / "model") for w in (one, other))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    key = ("step", "loss", "gradient_norm", "answer_tokens", "eval_loss")
+    kept = [[[entry.get(name) for name in key] for entry in read_metrics(w)] for w in (one, other)]
+    assert kept[0] == kept[1]
+
+
+def test_a_run_learns_logs_and_leaves_a_model_that_answers(undisturbed, checkpoint):
+    workdir, said = undisturbed["workdir"], undisturbed["said"]
+    steps = [entry for entry in read_metrics(workdir) if "loss" in entry]
+    assert [entry["step"] for entry in steps] == list(range(1, STEPS + 1))
+    assert np.mean([e["loss"] for e in steps[-3:]]) < 0.7 * np.mean([e["loss"] for e in steps[:3]])
+    assert [e["alpha"] for e in steps[:3]] == [0, 1, 1]
+    assert all(0 < e["cells_per_row"] <= 9 and e["tokens_per_second"] for e in steps[1:])
+    assert read_metrics(workdir)[-1]["eval_loss"] < steps[0]["loss"]
+    assert said.count("compiling included") == 1 and re.search(r"step 14/14 .* tokens/s .* left 0:00:00", said)
+    listed = [json.loads(line)["sample"] for line in (workdir / "skipped.jsonl").read_text().splitlines()]
+    assert listed == ["30:gone", "10:id10"] and "2 samples were left out" in said
+    events = b"".join(path.read_bytes() for path in (workdir / "tensorboard").iterdir())
+    assert b"gradient_norm" in events and b"cells/0" in events and b"\x89PNG" in events
+
+    vlm = flexattn_jax.load(workdir / "model")
+    picture = np.full((40, 50, 3), (200, 30, 30), np.uint8)
+    assert isinstance(vlm.answer([picture], ["What is the colour?"], max_new_tokens=4)[0], str)
+    before, after = load_params(checkpoint), load_params(workdir / "model")
+    jax.tree.map(np.testing.assert_array_equal, before["vision"], after["vision"])
+    hd = [np.asarray(p["decoder"]["flex"]["self_attn"]["k_proj_hd"]["kernel"]) for p in (before, after)]
+    assert np.array_equal(hd[0][0], hd[1][0]) and not np.array_equal(hd[0][1], hd[1][1])
+
+
+def test_a_killed_run_ends_bit_equal(undisturbed, settings, compiled, tmp_path):
+    step = int(np.random.default_rng(os.getpid()).integers(2, STEPS - 1))
+    killed = start(command(settings, tmp_path), compiled)
+    said = stop_at(killed, tmp_path, step, signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "model").exists(), said
+    again = start(command(settings, tmp_path), compiled)
+    said = again.communicate(timeout=300)[0]
+    assert again.returncode == 0, said
+    if step > 6:
+        assert "going on from the checkpoint of step" in said
+    same_end(undisturbed["workdir"], tmp_path)
+
+
+def test_sigterm_saves_and_a_damaged_save_costs_only_the_steps_since_the_one_before(
+    undisturbed, settings, compiled, tmp_path
+):
+    asked = start(command(settings, tmp_path), compiled)
+    said = stop_at(asked, tmp_path, 5, signal.SIGTERM)
+    assert asked.returncode == 0, said
+    stopped = int(re.search(r"stopped as asked after step (\d+)", said)[1])
+    assert str(stopped) in os.listdir(tmp_path / "checkpoints") and stopped < STEPS
+
+    newest = tmp_path / "checkpoints" / str(stopped)
+    file = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    os.truncate(file, file.stat().st_size // 2)
+    again = start(command(settings, tmp_path), compiled)
+    said = again.communicate(timeout=300)[0]
+    assert again.returncode == 0, said
+    assert f"checkpoint {stopped} is damaged" in said and "going on from the checkpoint of step" in said
+    same_end(undisturbed["workdir"], tmp_path)
+
+
+def test_a_finished_run_is_not_run_again_and_other_settings_are_refused(undisturbed, settings):
+    workdir = undisturbed["workdir"]
+    before = read_metrics(workdir)
+    assert run_llava(settings, workdir) == workdir / "model"
+    assert read_metrics(workdir) == before
+    settings["optimizer"]["learning_rate"] = 1e-3
+    with pytest.raises(TrainingFault, match=r"optimizer\.learning_rate was 0\.003 and is 0\.001"):
+        run_llava(settings, workdir)
+
+
+def test_a_loss_that_stays_infinite_stops_the_run_and_saves_nothing(settings, compiled, tmp_path):
+    settings["optimizer"].update(learning_rate=1e30, warmup_share=0.0, clip_norm=None)
+    settings["loop"].update(max_bad_steps=3, save_every=100)
+    process = start(command(settings, tmp_path), compiled)
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 2 and "Traceback" not in said
+    assert "the update is left out" in said and "not finite in 3 steps in a row" in said
+    assert "Lower optimizer.learning_rate" in said.replace("\n", " ")
+    assert not os.listdir(tmp_path / "checkpoints") and not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"data": {"conversations": ""}}, ConversationError, "--config.data.conversations is not given"),
+        ({"data": {"pictures": "no/such/folder"}}, ConversationError, "no/such/folder does not exist"),
+        ({"data": {"max_length": 60}}, ConversationError, "no sample can be used"),
+        ({"start": {"checkpoint": ""}}, ConfigError, "there is nothing to begin with"),
+        ({"start": {"redraw": "connect"}}, ConfigError, "start.redraw names 'connect'"),
+        ({"optimizer": {"trainable": "vision"}}, ConfigError, "no gradient"),
+        ({"accumulation": 3}, ConfigError, "multiple of accumulation"),
+        ({"loop": {"profile_steps": "5"}}, ConfigError, "loop.profile_steps"),
+        ({"data": {"text_lengths": (8,)}}, ValueError, "the limit is 8"),
+    ],
+)
+def test_mistakes_are_one_sentence(settings, tmp_path, change, error, message):
+    for name, value in change.items():
+        if isinstance(value, dict):
+            settings[name].update(value)
+        else:
+            settings[name] = value
+    with pytest.raises(error, match=re.escape(message)):
+        run_llava(settings, tmp_path)
+
+
+def test_profiled_steps_are_a_range():
+    assert LoopConfig(profile_steps="20:25").profiled == (20, 25)
+    for wrong in ("25:20", "a:b", "3:3"):
+        with pytest.raises(ConfigError, match="profile_steps"):
+            LoopConfig(profile_steps=wrong)
