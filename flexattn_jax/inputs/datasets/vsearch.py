@@ -144,7 +144,7 @@ def load_vsearch(
     try:
         with _alone(folder / f".{VSearch.name}-{settings.name}.lock"), _without_tfds_output():
             builder = VSearch(config=builder_config(settings), data_dir=folder, file_format="array_record")
-            for stopped in builder.data_path.parent.glob(f"{builder.data_path.name}.incomplete*"):
+            for stopped in builder.data_path.parent.glob("incomplete.*"):
                 shutil.rmtree(stopped)
             builder.download_and_prepare(file_format="array_record")
     except OSError as error:
