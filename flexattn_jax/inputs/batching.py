@@ -70,10 +70,10 @@ class Sample(NamedTuple):
 class Buckets:
     """Static sizes, each ascending; what is counted is rounded up to the next one."""
 
-    text_lengths: tuple[int, ...] = (32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)  # without the picture's N slots
+    text_lengths: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)  # without the picture's N slots
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
-    option_lengths: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)  # To
-    option_counts: tuple[int, ...] = (2, 4, 8, 16, 32)  # O
+    option_lengths: tuple[int, ...] = (8, 32, 128, 256)  # To
+    option_counts: tuple[int, ...] = (4, 8, 32)  # O
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
