@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from flexattn_jax.checkpoints import layouts
 from flexattn_jax.checkpoints.errors import CheckpointError
@@ -65,8 +67,7 @@ def open_start(start: StartConfig, overrides: Mapping[str, Any], seed: int) -> S
                 "--config.start.preset and --config.start.tokenizer"
             )
         config = _configure(preset(start.preset), start, overrides)
-        draw = jax.jit(lambda: draw_params(config, seed))
-        return Start(config, Path(start.tokenizer), lambda: _arranged(draw(), config))
+        return Start(config, Path(start.tokenizer), lambda: _arranged(draw_params(config, seed), config))
     opened = open_checkpoint(start.checkpoint, start.vision_tower or None)
     if start.read_highres and opened.config.flexattention is None:
         if not isinstance(opened, SourceCheckpoint):
@@ -83,15 +84,17 @@ def open_start(start: StartConfig, overrides: Mapping[str, Any], seed: int) -> S
         params = opened.params(config=stacked, dtype="float32")
         if not redrawn:
             return _arranged(params, config)
-        fresh = jax.jit(lambda: {p: leaf for p, leaf in flatten(draw_params(config, seed)).items() if p in redrawn})()
-        return _arranged(nest(flatten(params) | fresh), config)
+        return _arranged(nest(flatten(params) | flatten(draw_params(config, seed, redrawn))), config)
 
     return Start(config, Path(start.tokenizer or start.checkpoint), read)
 
 
 def param_shapes(config: VLMConfig) -> dict[str, Any]:
     """The parameter tree of a configuration as jax.ShapeDtypeStruct, float32."""
-    return jax.eval_shape(lambda: _arranged(draw_params(config, 0), config))
+    shapes = {path: jax.ShapeDtypeStruct(s, np.float32) for path, s in layouts.leaf_shapes(config).items()}
+    if config.scan_layers:
+        return nest(shapes)
+    return jax.eval_shape(lambda: unstack_layers(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), nest(shapes))))
 
 
 def _configure(config: VLMConfig, start: StartConfig, overrides: dict[str, Any]) -> VLMConfig:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Container
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flexattn_jax.checkpoints import layouts
 from flexattn_jax.checkpoints.trees import nest
@@ -67,17 +69,21 @@ def create_state(params: dict, config: OptimizerConfig, optimizer: Optimizer, se
     )
 
 
-def draw_params(config: VLMConfig, seed: int) -> dict[str, Any]:
-    """Random parameters, stacked over layers: N(0, 0.02), norms 1, biases 0; jit it.
+def draw_params(config: VLMConfig, seed: int, only: Container[str] | None = None) -> dict[str, Any]:
+    """Random float32 numpy parameters, stacked over layers: N(0, 0.02), norms 1, biases 0.
 
-    A leaf depends on the seed and its own path, not on the other leaves.
+    A leaf depends on the seed and its own path, not on the other leaves nor on the device.
+
+    Args:
+      only: paths of the leaves to draw; None: all.
     """
-    return nest({path: _draw(path, shape, seed) for path, shape in layouts.leaf_shapes(config).items()})
+    shapes = layouts.leaf_shapes(config)
+    return nest({path: _draw(path, shapes[path], seed) for path in shapes if only is None or path in only})
 
 
-def _draw(path: str, shape: tuple[int, ...], seed: int) -> jax.Array:
+def _draw(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     name = path.rsplit("/", 1)[-1]
     if name in ("scale", "bias"):
-        return jnp.full(shape, float(name == "scale"), jnp.float32)
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
-    return INIT_DEVIATION * jax.random.normal(key, shape, jnp.float32)
+        return np.full(shape, float(name == "scale"), np.float32)
+    rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
+    return np.float32(INIT_DEVIATION) * rng.standard_normal(shape, np.float32)

@@ -17,7 +17,7 @@ import flexattn_jax
 from flexattn_jax.checkpoints.store import load_params
 from flexattn_jax.config import ConfigError
 from flexattn_jax.inputs.conversations import ConversationError
-from flexattn_jax.training.loop import LoopConfig, TrainingFault
+from flexattn_jax.training.loop import TrainingFault
 from flexattn_jax.training.run import run_llava
 
 REPOSITORY = Path(__file__).parents[2]
@@ -30,7 +30,7 @@ def compiled(tmp_path_factory):
     return tmp_path_factory.mktemp("compiled")
 
 
-def command(settings, workdir, **changes):
+def command(settings, workdir):
     """train.py with `settings` on its command line."""
     words = [sys.executable, str(REPOSITORY / "train.py"), f"--config={REPOSITORY / 'configs' / 'train_llava.py'}"]
 
@@ -41,7 +41,7 @@ def command(settings, workdir, **changes):
             elif value is not None:
                 words.append(f"--{prefix}.{name}={value}")
 
-    add(settings | changes, "--config"[2:])
+    add(settings, "config")
     return [*words, f"--workdir={workdir}"]
 
 
@@ -52,6 +52,7 @@ def start(words, compiled):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
         "PYTHONPATH": str(REPOSITORY),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles in half the time
     }
     return subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=REPOSITORY
@@ -75,13 +76,14 @@ def stop_at(process, workdir, step, how):
 
 
 @pytest.fixture(scope="module")
-def whole(compiled, tmp_path_factory, request):
-    """A run that nothing disturbed."""
+def whole(tmp_path_factory):
+    """Where `undisturbed` puts its one run."""
     return {"workdir": tmp_path_factory.mktemp("whole") / "run", "said": None}
 
 
 @pytest.fixture
 def undisturbed(whole, settings, compiled):
+    """A run to the end, made once."""
     if whole["said"] is None:
         process = start(command(settings, whole["workdir"]), compiled)
         whole["said"] = process.communicate(timeout=300)[0]
@@ -163,17 +165,6 @@ def test_a_finished_run_is_not_run_again_and_other_settings_are_refused(undistur
         run_llava(settings, workdir)
 
 
-def test_a_loss_that_stays_infinite_stops_the_run_and_saves_nothing(settings, compiled, tmp_path):
-    settings["optimizer"].update(learning_rate=1e30, warmup_share=0.0, clip_norm=None)
-    settings["loop"].update(max_bad_steps=3, save_every=100)
-    process = start(command(settings, tmp_path), compiled)
-    said = process.communicate(timeout=300)[0]
-    assert process.returncode == 2 and "Traceback" not in said
-    assert "the update is left out" in said and "not finite in 3 steps in a row" in said
-    assert "Lower optimizer.learning_rate" in said.replace("\n", " ")
-    assert not os.listdir(tmp_path / "checkpoints") and not (tmp_path / "model").exists()
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -196,10 +187,3 @@ def test_mistakes_are_one_sentence(settings, tmp_path, change, error, message):
             settings[name] = value
     with pytest.raises(error, match=re.escape(message)):
         run_llava(settings, tmp_path)
-
-
-def test_profiled_steps_are_a_range():
-    assert LoopConfig(profile_steps="20:25").profiled == (20, 25)
-    for wrong in ("25:20", "a:b", "3:3"):
-        with pytest.raises(ConfigError, match="profile_steps"):
-            LoopConfig(profile_steps=wrong)
