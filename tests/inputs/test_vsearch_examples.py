@@ -223,11 +223,11 @@ def test_missing_and_broken_assets_are_named(tmp_path):
     for split in ("train", "validation", "test"):
         (tmp_path / "photographs" / split).mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(tmp_path / "photographs" / split / "grey.webp")
-    with pytest.raises(vsearch_scenes.AssetError, match=r"fluent\.png is missing"):
+    with pytest.raises(vsearch_scenes.AssetError, match=r"emojione\.png is missing"):
         next(generate(config, "test"))
     (tmp_path / "icons").mkdir()
-    (tmp_path / "icons" / "fluent.png").write_bytes(b"no picture")
-    with pytest.raises(vsearch_scenes.AssetError, match=r"fluent\.png cannot be read"):
+    (tmp_path / "icons" / "emojione.png").write_bytes(b"no picture")
+    with pytest.raises(vsearch_scenes.AssetError, match=r"emojione\.png cannot be read"):
         next(generate(config, "test"))
 
 
@@ -248,7 +248,7 @@ def test_every_packaged_work_is_attributed_and_the_whole_is_small():
     folder = vsearch_scenes.packaged_assets()
     text = (folder / "ATTRIBUTION.md").read_text()
     files = [*folder.glob("photographs/*/*"), *folder.glob("icons/*")]
-    assert len(files) == 32 + len(ARTISTS)
+    assert len(files) == 32 + len(ARTISTS) == 39
     for file in files:
         name = f"icons/{file.name}" if file.parent.name == "icons" else f"{file.parent.name}/{file.stem}"
         assert f"| {name} " in text, name

@@ -50,7 +50,7 @@ class VSearchConfig:
     picture_side: int = 384  # S
     num_objects: tuple[int, int] = (5, 6)  # least and most objects of a picture
     object_sides: tuple[int, int] = (24, 40)  # least and greatest longer side of an object in pixels
-    num_classes: int = len(CLASSES)
+    num_classes: int = 24  # the first so many of CLASSES
     attribute_questions: int = 5  # of a picture
     relation_questions: int = 5
     pictures: tuple[int, ...] = (8000, 300, 800, 800)  # of each of SPLITS; 0: that split is not drawn
@@ -109,7 +109,6 @@ PRESETS = {
         preset="crowded",
         num_objects=(12, 16),
         object_sides=(36, 48),
-        num_classes=24,
         attribute_questions=8,
         relation_questions=4,
         pictures=(8000, 300, 500, 500),

@@ -15,10 +15,10 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 CLASSES = (
-    *("umbrella", "key", "bicycle", "teapot", "guitar", "camera", "telephone", "bell", "saxophone", "anchor"),
-    *("rocket", "airplane", "car", "chair", "crown", "hat", "boot", "dress", "trophy", "banana"),
+    *("umbrella", "key", "bicycle", "gift", "guitar", "camera", "telephone", "bell", "saxophone", "anchor"),
+    *("rocket", "airplane", "car", "fish", "crown", "hat", "boot", "dress", "trophy", "banana"),
     *("cactus", "mushroom", "butterfly", "crab", "helicopter", "bus", "tractor", "clock", "book", "balloon"),
-    *("shoe", "shirt", "backpack", "apple", "carrot", "leaf", "bucket", "magnet", "turtle", "duck"),
+    *("shoe", "shirt", "backpack", "apple", "carrot", "leaf", "lock", "tulip", "turtle", "duck"),
 )
 COLOURS = {
     "red": (214, 26, 32),
@@ -28,7 +28,7 @@ COLOURS = {
     "blue": (28, 96, 226),
     "purple": (146, 44, 186),
 }
-ARTISTS = ("fluent", "noto", "openmoji", "twemoji")
+ARTISTS = ("emojione", "fluent", "fluent_flat", "noto", "noto_v1", "openmoji", "twemoji")
 
 SPRITE_SIDE = 96
 SPRITE_COLUMNS = 8
@@ -36,7 +36,7 @@ SPRITE_COLUMNS = 8
 Box = tuple[int, int, int, int]  # left, top, width, height in pixels of the picture
 
 _GAP = 6  # pixels between two objects, and between an object and the border
-_TURN = 20.0  # degrees either way
+_TURN = 8.0  # degrees either way
 _LEAST_CROP = 0.45  # of a photograph's shorter side
 _VISIBLE = [255 * (alpha >= 40) for alpha in range(256)]  # alpha from which a pixel counts as the object's
 _SHADOW = 0.4
@@ -157,9 +157,7 @@ def _crop(rng: np.random.Generator, photograph: Image.Image, side: int) -> Image
 
 
 def _turned(rng: np.random.Generator, sprite: Image.Image, sides: tuple[int, int]) -> Image.Image:
-    """LA: the icon turned, perhaps mirrored, cut out and scaled to a drawn size."""
-    if rng.random() < 0.5:
-        sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    """LA: the icon turned a little, cut out and scaled to a drawn size."""
     angle = rng.uniform(-_TURN, _TURN)
     if sides[1] <= SPRITE_SIDE // 2:  # turning costs by the pixel
         sprite = sprite.reduce(2)
