@@ -88,7 +88,7 @@ def get_config(arg: str = "instruct") -> config_dict.ConfigDict:
             "profile_steps": "",  # "a:b": a profile of these steps in workdir/profile
             "pictures": 4,
             "threads": 8,
-            "read_ahead": 4,
+            "read_ahead": 2,
         }
     )
     return config

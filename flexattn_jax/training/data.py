@@ -6,6 +6,7 @@ number of processes, and batch k can be made without making the ones before it.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
@@ -216,13 +217,21 @@ class BatchSource:
     """Batches by number, without end in sight: number // per_epoch is the epoch. For grain, which reads ahead."""
 
     def __init__(
-        self, source: SampleSource, indices: np.ndarray, config: VLMConfig, plan: BatchPlan, count: int | None = None
+        self,
+        source: SampleSource,
+        indices: np.ndarray,
+        config: VLMConfig,
+        plan: BatchPlan,
+        count: int | None = None,
+        threads: int = 1,
     ):
         """
         Args:
           indices: samples of `source` to use.
           count: number of batches; None: one epoch, in the order of the samples (evaluation).
+          threads: that decode the pictures of one batch.
         """
+        self._threads = concurrent.futures.ThreadPoolExecutor(threads, "decode")
         self._source, self._indices, self._config, self._plan = source, np.asarray(indices), config, plan
         self._positions = np.asarray(source.lengths.positions)[self._indices]
         self._readers = np.asarray(source.lengths.readers)[self._indices]
@@ -252,16 +261,20 @@ class BatchSource:
         rows = self._rows(number)
         share = self._plan.batch_size // self._plan.processes
         local = rows[self._plan.process * share :][:share]
-        samples, skipped = [], []
-        for row in local:
-            try:
-                samples.append(_NOTHING if row == EMPTY else self._source[int(self._indices[row])])
-            except (ImageError, ConversationError) as error:
-                samples.append(_NOTHING)
-                skipped.append(Skipped(self._source.name(int(self._indices[row])), str(error)))
-        data = collate(samples, self._config, length, readers)
+        made = list(self._threads.map(self._make, local))
+        data = collate([sample for sample, _ in made], self._config, length, readers)
+        skipped = tuple(fault for _, fault in made if fault is not None)
         tokens = int(self._positions[rows[rows != EMPTY]].sum())
-        return MadeBatch(data, np.where(rows == EMPTY, EMPTY, self._indices[rows]), tokens, tuple(skipped))
+        return MadeBatch(data, np.where(rows == EMPTY, EMPTY, self._indices[rows]), tokens, skipped)
+
+    def _make(self, row: int) -> tuple[TrainSample, Skipped | None]:
+        if row == EMPTY:
+            return _NOTHING, None
+        index = int(self._indices[row])
+        try:
+            return self._source[index], None
+        except (ImageError, ConversationError) as error:
+            return _NOTHING, Skipped(self._source.name(index), str(error))
 
     def _rows(self, number: int) -> np.ndarray:
         epoch, place = divmod(number, self.per_epoch)
@@ -306,9 +319,9 @@ def collate(samples: Sequence[TrainSample], config: VLMConfig, length: int, read
     return TrainBatch(batch, labels, answer_rows(labels, batch.image_start, readers))
 
 
-def make_iterator(source: BatchSource, threads: int, ahead: int) -> Any:
-    """Batches in order, made `ahead` by `threads`; a grain iterator, with `get_state` and `set_state`."""
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+def make_iterator(source: BatchSource, ahead: int) -> Any:
+    """Batches in order, made `ahead` of their use; a grain iterator, with `get_state` and `set_state`."""
+    options = grain.ReadOptions(num_threads=min(2, ahead), prefetch_buffer_size=ahead)
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
 

@@ -35,8 +35,8 @@ class LoopConfig:
     max_bad_steps: int = 10  # steps in a row whose loss or gradient is not finite, before the run stops
     profile_steps: str = ""  # "a:b": write a profile of steps a .. b-1 to workdir/profile
     pictures: int = 4  # evaluation samples whose selected cells are drawn for TensorBoard
-    threads: int = 8  # that decode pictures
-    read_ahead: int = 4  # batches
+    threads: int = 8  # that decode the pictures of a batch
+    read_ahead: int = 2  # batches, which is memory
 
     def __post_init__(self):
         for name, least in {"log_every": 1, "eval_every": 0, "save_every": 1, "keep": 1, "max_bad_steps": 1}.items():

@@ -78,7 +78,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """What is learned depends on all of this but `loop`."""
+    """What is learned depends on all of this but `loop` and the exports."""
 
     start: StartConfig
     data: DataConfig
@@ -158,7 +158,8 @@ def run_training(
         if not len(source):
             raise ConversationError(f"no sample can be used; the first reason: {skipped[0].reason if skipped else '-'}")
         identity = dataclasses.asdict(config) | {"model": overrides, "also": dict(also or {}), "digest": digest}
-        del identity["loop"]
+        for name in ("loop", "export", "export_dtype"):  # nothing that is learned depends on them
+            del identity[name]
         _claim(workdir, identity)
         return _run(config, start, source, skipped, workdir, stop)
 
@@ -170,16 +171,16 @@ def _run(config: RunConfig, start: Any, source: SampleSource, skipped: list, wor
     total = max(1, round(config.epochs * steps_per_epoch))
     buckets = Buckets(text_lengths=config.data.text_lengths)
     plan = BatchPlan(config.batch_size, buckets, config.data.answer_rows, config.seed, config.data.window)
-    train_source = BatchSource(source, train_rows, vlm, plan, total)
+    train_source = BatchSource(source, train_rows, vlm, plan, total, loop.threads)
     part = dataclasses.replace(plan, batch_size=config.batch_size // config.accumulation)
-    eval_source = BatchSource(source, eval_rows, vlm, part)
+    eval_source = BatchSource(source, eval_rows, vlm, part, threads=loop.threads)
 
     model, optimizer = VLM(vlm), build_optimizer(config.optimizer, total)
     create = functools.partial(create_state, config=config.optimizer, optimizer=optimizer, seed=config.seed)
     checkpointer = Checkpointer(workdir, loop.keep, _say)
     log = None
     try:
-        batches = make_iterator(train_source, loop.threads, loop.read_ahead)
+        batches = make_iterator(train_source, loop.read_ahead)
         newest = checkpointer.latest_step
         if newest is None:
             state = jax.jit(create, donate_argnums=0)(start.params())
@@ -193,9 +194,10 @@ def _run(config: RunConfig, start: Any, source: SampleSource, skipped: list, wor
             log.skipped(name, reason)
         _say(
             f"{len(train_rows)} samples to train on, {len(eval_rows)} to evaluate on, "
-            f"{log.skipped_count} cannot be used" + (f" (listed in {workdir / SKIPPED})" if log.skipped_count else "")
+            f"{log.skipped_count} cannot be used" + (f", see {workdir / SKIPPED}" if log.skipped_count else "")
         )
-        _say(f"{total} steps, {steps_per_epoch} an epoch; {_count(state.trained)} of {_count(state.params)} trained")
+        _say(f"{_count(state.trained)} of {_count(state.params)} parameters are trained")
+        _say(f"{total} steps, {steps_per_epoch} an epoch")
         loss_fn = vlm_loss(model)
         warmup = vlm.flexattention.warmup if vlm.reads_highres else 0.0
         alpha = alpha_ramp(warmup, steps_per_epoch)
@@ -230,7 +232,7 @@ def _evaluation(model: VLM, source: BatchSource, loop: LoopConfig, log: RunLog) 
     def evaluate(state: TrainState, step: int) -> float | None:
         if not len(source):
             return None
-        loss = mean_loss(eval_step, state, make_iterator(source, loop.threads, loop.read_ahead), log)
+        loss = mean_loss(eval_step, state, make_iterator(source, loop.read_ahead), log)
         if loop.pictures and model.config.reads_highres:
             batch = first_with_pictures(source[0].data, loop.pictures)
             if batch.labels.shape[0]:
@@ -271,7 +273,7 @@ def _shapes(tree: Any) -> Any:
 
 
 def _count(tree: Any) -> str:
-    return f"{sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6:,.2f} M"
+    return f"{sum(leaf.size for leaf in jax.tree.leaves(tree)):,}"
 
 
 def _say(text: str) -> None:

@@ -84,7 +84,7 @@ def settings(checkpoint, llava_data):
     config.optimizer.learning_rate = 3e-3
     config.batch_size, config.epochs, config.seed = 4, 2.0, 1
     config.model.remat = "none"
-    config.loop.update(log_every=1, eval_every=0, save_every=3, threads=2, read_ahead=2, pictures=1)
+    config.loop.update(log_every=1, eval_every=6, save_every=3, threads=2, read_ahead=2, pictures=1)
     return config.to_dict()
 
 

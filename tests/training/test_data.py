@@ -46,7 +46,7 @@ class Numbers:
 def batches(config, count=50, batch_size=4, total=26, indices=None, broken=(), **plan):
     indices = np.arange(count) if indices is None else indices
     plan = BatchPlan(batch_size, Buckets(text_lengths=(16, 32)), (4,), **plan)
-    return BatchSource(Numbers(count, broken), indices, config, plan, total)
+    return BatchSource(Numbers(count, broken), indices, config, plan, total, threads=3)
 
 
 def test_an_epoch_holds_every_sample_once_and_depends_on_seed_and_number():
@@ -111,11 +111,11 @@ def test_a_broken_sample_leaves_an_empty_row_and_the_order_as_it_was(small_confi
 
 
 def test_an_iterator_goes_on_where_its_state_says(small_config):
-    first = make_iterator(batches(small_config), threads=2, ahead=3)
+    first = make_iterator(batches(small_config), ahead=3)
     rows = [next(first).rows.tolist() for _ in range(5)]
     state = first.get_state()
     rest = [made.rows.tolist() for made in first]
-    again = make_iterator(batches(small_config), threads=2, ahead=3)
+    again = make_iterator(batches(small_config), ahead=3)
     again.set_state(state)
     assert [made.rows.tolist() for made in again] == rest
     assert len(rows) + len(rest) == 26 and rows[0] != rest[8]  # two epochs, each in its own order

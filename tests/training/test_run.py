@@ -1,8 +1,10 @@
 """Whole runs on a tiny model: what they leave behind, and that stopping them in any way changes nothing."""
 
+import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,7 +109,8 @@ def test_a_run_learns_logs_and_leaves_a_model_that_answers(undisturbed, checkpoi
     assert np.mean([e["loss"] for e in steps[-3:]]) < 0.7 * np.mean([e["loss"] for e in steps[:3]])
     assert [e["alpha"] for e in steps[:3]] == [0, 1, 1]
     assert all(0 < e["cells_per_row"] <= 9 and e["tokens_per_second"] for e in steps[1:])
-    assert read_metrics(workdir)[-1]["eval_loss"] < steps[0]["loss"]
+    evaluated = {entry["step"]: entry["eval_loss"] for entry in read_metrics(workdir) if "eval_loss" in entry}
+    assert list(evaluated) == [6, 12, STEPS] and evaluated[STEPS] < steps[0]["loss"]
     assert said.count("compiling included") == 1 and re.search(r"step 14/14 .* tokens/s .* left 0:00:00", said)
     listed = [json.loads(line)["sample"] for line in (workdir / "skipped.jsonl").read_text().splitlines()]
     assert listed == ["30:gone", "10:id10"] and "2 samples were left out" in said
@@ -163,6 +166,19 @@ def test_a_finished_run_is_not_run_again_and_other_settings_are_refused(undistur
     settings["optimizer"]["learning_rate"] = 1e-3
     with pytest.raises(TrainingFault, match=r"optimizer\.learning_rate was 0\.003 and is 0\.001"):
         run_llava(settings, workdir)
+
+
+def test_the_best_checkpoint_can_be_exported_from_a_finished_run(undisturbed, settings, tmp_path):
+    workdir = Path(shutil.copytree(undisturbed["workdir"], tmp_path / "copy"))
+    losses = {int(file.stem): json.loads(file.read_text())["eval_loss"] for file in (workdir / "checksums").iterdir()}
+    assert set(losses) == {12, STEPS} and all(losses.values())
+    record = workdir / "checksums" / "12.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"eval_loss": 1e-3}))
+    run_llava(settings | {"export": "best", "export_dtype": "bfloat16"}, workdir)
+    last, best = load_params(undisturbed["workdir"] / "model"), load_params(workdir / "model")
+    name = ("decoder", "lm_head", "kernel")
+    last, best = (np.asarray(functools.reduce(dict.__getitem__, name, params)) for params in (last, best))
+    assert best.dtype == "bfloat16" and not np.array_equal(last.astype(best.dtype), best)
 
 
 @pytest.mark.parametrize(
