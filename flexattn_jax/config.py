@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 # What a prompt's ids hold in the place of the picture (LLaVA's IMAGE_TOKEN_INDEX).
@@ -229,9 +230,7 @@ def from_dict(values: dict[str, Any], kind: type = VLMConfig, path: str = "") ->
     """The configuration that `to_dict` wrote. An unknown key or a value of the wrong type is a ConfigError."""
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(values) - set(hints))
-    _require(
-        not unknown, f"unknown keys {', '.join(path + k for k in unknown)}; known: {', '.join(hints)}"
-    )
+    _require(not unknown, f"unknown keys {', '.join(path + k for k in unknown)}; known: {', '.join(hints)}")
     return kind(**{key: _coerce(value, hints[key], path + key) for key, value in values.items()})
 
 
@@ -253,6 +252,17 @@ def override(config: VLMConfig, overrides: dict[str, Any] | None) -> VLMConfig:
         _require(leaf in node, f"config_overrides names {key!r}; known there: {', '.join(node)}")
         node[leaf] = value
     return from_dict(values)
+
+
+def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as `override` takes them, without those that are None: {"a": {"b": 1, "c": None}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= dotted(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[prefix + key] = value
+    return flat
 
 
 def _coerce(value: Any, hint: Any, path: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from flexattn_jax.api import load
 from flexattn_jax.checkpoints.errors import CheckpointError
-from flexattn_jax.config import ConfigError
+from flexattn_jax.config import ConfigError, dotted
 from flexattn_jax.evaluation import demo, harness
 from flexattn_jax.evaluation.harness import HarnessError
 from flexattn_jax.evaluation.pictures import write_pictures
@@ -61,7 +61,7 @@ def run_vstar(settings: Mapping[str, Any], workdir: str | Path, show_progress: b
     harness.check_request(settings["scorer"], settings["batch_size"], settings["max_new_tokens"])
     questions, read_errors = read_vstar(settings["data_dir"])
     checkpoint = _checkpoint(settings)
-    overrides = _dotted(settings["model_overrides"])
+    overrides = dotted(settings["model_overrides"])
     answers_depend_on = {
         "benchmark": settings["benchmark"],
         "scorer": settings["scorer"],
@@ -143,17 +143,6 @@ def _checkpoint(settings: Mapping[str, Any]) -> Path:
     if not folder.is_dir():
         raise HarnessError(f"the checkpoint {folder} is no folder; give the right --config.checkpoint")
     return folder
-
-
-def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1, "c": None}} as {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _dotted(value, f"{prefix}{key}.")
-        elif value is not None:
-            flat[prefix + key] = value
-    return flat
 
 
 def _first_of_each_split(questions: list[Question], limit: int) -> list[Question]:

@@ -18,7 +18,7 @@ from rich.progress import track
 
 from flexattn_jax.checkpoints.errors import CheckpointError
 from flexattn_jax.checkpoints.store import save_model
-from flexattn_jax.config import ConfigError, VLMConfig, from_dict
+from flexattn_jax.config import ConfigError, VLMConfig, dotted, from_dict
 from flexattn_jax.inputs.batching import BatchError, Buckets
 from flexattn_jax.inputs.conversations import ConversationError
 from flexattn_jax.inputs.datasets.llava import HOMES, Skipped, read_llava
@@ -148,7 +148,7 @@ def run_training(
         one of USER_ERRORS. SystemExit(0) after SIGTERM, when the state is saved.
     """
     settings = dict(settings)
-    overrides = _dotted(settings.pop("model", {}))
+    overrides = dotted(settings.pop("model", {}))
     config: RunConfig = from_dict(settings, RunConfig)
     workdir = Path(workdir)
     with StopRequest() as stop, _locked(workdir):
@@ -306,10 +306,10 @@ def _claim(workdir: Path, identity: dict[str, Any]) -> None:
         partial.replace(file)
         return
     try:
-        before = _dotted(json.loads(file.read_bytes()))
+        before = dotted(json.loads(file.read_bytes()))
     except (ValueError, AttributeError):
         raise TrainingFault(f"{file} is damaged; give another --workdir to begin afresh") from None
-    now = _dotted(identity)
+    now = dotted(identity)
     changed = [
         f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
@@ -320,14 +320,3 @@ def _claim(workdir: Path, identity: dict[str, Any]) -> None:
         raise TrainingFault(
             f"{workdir} holds a run with other settings ({what}); give another --workdir, or the same settings"
         )
-
-
-def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1, "c": None}} as {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _dotted(value, f"{prefix}{key}.")
-        elif value is not None:
-            flat[prefix + key] = value
-    return flat
