@@ -255,7 +255,7 @@ def override(config: VLMConfig, overrides: dict[str, Any] | None) -> VLMConfig:
 
 
 def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as `override` takes them, without those that are None: {"a": {"b": 1, "c": None}} -> {"a.b": 1}."""
+    """Nested settings as `override` takes them, without what is None: {"a": {"b": 1, "c": None}} -> {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):

@@ -28,15 +28,44 @@ def attend(
     Returns:
       The output (B, T, H, d) in the type of `value` and the log-sum-exp (B, T, H) in float32.
     """
-    logits = scaled_logits(query, key)
-    if mask is not None:
-        logits = jnp.where(mask[:, None], logits, MASKED)
+    if mask is None:
+        mask = jnp.ones((1, 1, 1), bool)
+    if query.shape[1] == 1:
+        return _all_heads(query, key, value, mask)
+    return jax.lax.platform_dependent(query, key, value, mask, cpu=_head_by_head, default=_all_heads)
+
+
+def _all_heads(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`attend` as products batched over heads."""
+    weights, lse = _softmax(jnp.where(mask[:, None], scaled_logits(query, key), MASKED))
+    return weighted_values(weights.astype(value.dtype), value, query.shape[-1]), lse.swapaxes(1, 2)
+
+
+def _head_by_head(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`attend` as a loop over key heads: on CPU one head's map stays in the cache (19 against 49 ms for 16 heads of 636
+    rows on 2 cores)."""
+    batch, rows, heads, width = query.shape
+    kv_heads = key.shape[-1] // width
+
+    def one_head(_, operands):
+        query, key, value = operands  # (B, G, T, d), (B, X, d), (B, X, d)
+        logits = jnp.einsum("bgtd,bxd->bgtx", query, key, preferred_element_type=jnp.float32) * width**-0.5
+        weights, lse = _softmax(jnp.where(mask[:, None], logits, MASKED))
+        return None, (jnp.einsum("bgtx,bxd->bgtd", weights.astype(value.dtype), value), lse)
+
+    query = query.reshape(batch, rows, kv_heads, -1, width).transpose(2, 0, 3, 1, 4)
+    key, value = (x.reshape(batch, -1, kv_heads, width).transpose(2, 0, 1, 3) for x in (key, value))
+    _, (out, lse) = jax.lax.scan(one_head, None, (query, key, value))
+    out, lse = out.transpose(1, 3, 0, 2, 4), lse.transpose(1, 3, 0, 2)  # (B, T, J, G, d), (B, T, J, G)
+    return out.reshape(batch, rows, heads, width), lse.reshape(batch, rows, heads)
+
+
+def _softmax(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weights (..., X) and log-sum-exp (...) of logits (..., X) float32."""
     top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     weights = jnp.exp(logits - top)
     total = weights.sum(axis=-1, keepdims=True)
-    lse = (top + jnp.log(total))[..., 0]  # (B, H, T)
-    out = weighted_values((weights / total).astype(value.dtype), value, query.shape[-1])
-    return out, lse.swapaxes(1, 2)
+    return weights / total, (top + jnp.log(total))[..., 0]
 
 
 def scaled_logits(query: jax.Array, key: jax.Array) -> jax.Array:
