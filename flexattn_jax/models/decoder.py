@@ -25,8 +25,8 @@ class Step:
 
     positions: (B, T) int32, places of this call's tokens in the sequence (rotation, cache slots).
     cos, sin: (B, T, d/2) float32, filled in by the decoder.
-    mask: bool, broadcastable to (B, T, T), which of this call's tokens each of them may read; not needed where they
-      continue a cache and are appended to it: the order of positions is their mask then.
+    mask: bool, broadcastable to (B, T, T), which of this call's tokens each of them may read, where they continue a
+      cache without being appended to it; everywhere else it is the earlier ones and itself.
     past: (B,) int32, tokens already in the cache, all of which are read; None: this call starts the sequence.
     picture, rows: None where no row of this call reads high resolution.
     alpha: () float32, see flex_attention; None: 1.
@@ -80,7 +80,7 @@ class SelfAttention(nn.Module):
                 value=write_sequence(cache.value, at, value, step.past),
             )
         if step.past is None:
-            lowres, keys = attend(query, key, value, step.mask), key
+            lowres, keys = attend(query, key, value, causal=True), key
         else:
             keys, values = read_sequence(cache.key, at), read_sequence(cache.value, at)
             place = jnp.arange(keys.shape[1])

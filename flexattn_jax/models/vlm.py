@@ -162,7 +162,6 @@ class VLM(nn.Module):
         rows = self._rows(picture, last if readers is None else readers, length)
         step = Step(
             positions=jnp.broadcast_to(jnp.arange(length), hidden.shape[:2]),
-            mask=jnp.tril(jnp.ones((length, length), bool))[None],
             picture=picture,
             rows=rows,
             alpha=alpha,
@@ -190,7 +189,6 @@ class VLM(nn.Module):
         last = batch.lengths[:, None] - 1
         step = Step(
             positions=jnp.broadcast_to(jnp.arange(length), hidden.shape[:2]),
-            mask=jnp.tril(jnp.ones((length, length), bool))[None],
             picture=picture,
             rows=self._rows(picture, last, length),
             capture=capture,

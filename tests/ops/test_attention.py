@@ -46,6 +46,15 @@ def test_attend_is_softmax_attention(rows, kv_heads):
     np.testing.assert_allclose(lse, expected_lse, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 161, 330])
+def test_causal_attention_reads_earlier_keys_and_itself(rows):
+    query, key, value, _ = arrays(4, batch=1, rows=rows, keys=rows)
+    out, lse = attend(query, key, value, causal=True)
+    expected_out, expected_lse = reference(query, key, value, np.tril(np.ones((1, rows, rows), bool)))
+    np.testing.assert_allclose(out, expected_out, atol=2e-6)
+    np.testing.assert_allclose(lse, expected_lse, atol=2e-6)
+
+
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10_000), cuts=st.lists(st.integers(1, 6), min_size=1, max_size=2))
 def test_merge_of_parts_is_attention_over_all(seed, cuts):
