@@ -29,7 +29,7 @@ bench: $(READY)
 $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --upgrade pip
-	$(VENV)/bin/pip install --quiet --editable ".[test]"
+	$(VENV)/bin/pip install --quiet --config-settings editable_mode=compat --editable ".[test]"
 	touch $(READY)
 
 clean:

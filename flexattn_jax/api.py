@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from flexattn_jax.checkpoints.store import open_checkpoint
 from flexattn_jax.checkpoints.trees import unstack_layers
@@ -35,7 +36,8 @@ class SelectionReport:
 
     layers: decoder layers that read it.
     cells: (len(layers), C) bool, cells that the last prompt token read in each.
-    overflow: (len(layers),) int, cells over the threshold that the capacity had no room for.
+    overflow: (len(layers),) int, cells over the threshold that the capacity had no room for; where options were
+      scored, of the last prompt token and all tokens of the options together.
     cells_read: cells projected at all, in all layers together, over the prompt and everything after it.
     """
 
@@ -89,6 +91,12 @@ def load(
     settings = {"dtype": dtype or ("float32" if on_cpu else "bfloat16"), "scan_layers": not on_cpu}
     checkpoint = open_checkpoint(path, vision_tower=vision_tower)
     config = override(checkpoint.config, settings | (config_overrides or {}))
+    if config.flexattention is not None and config.flexattention.enabled and not config.reads_highres:
+        logging.warning(
+            "no layer reads high resolution: layer %d (flexattention.first_layer) would select for later ones, "
+            "but the decoder has only %d",
+            *(config.flexattention.first_layer, config.decoder.num_layers),
+        )
     has_tokenizer = any((pathlib.Path(path) / name).is_file() for name in TOKENIZER_FILES)
     tokenizer = load_tokenizer(path) if has_tokenizer else None  # logits of ids can be had without one
     return VisionLanguageModel(config, checkpoint.params(config=config), tokenizer, buckets)
@@ -137,6 +145,8 @@ class VisionLanguageModel:
           scorer: "released" (FlexAttention's script: asks for a single word or phrase, end of sequence not counted) or
             "official" (V* Bench's: the bare question, end of sequence counted).
         """
+        _check_lists(images=images, questions=questions, options=options)
+        _check_options(options)
         prompts = self._prompts(images, [scorer_question(scorer, question) for question in questions])
         continuations = [[scorer_continuation(scorer, option) for option in sample] for sample in options]
         return [scores.losses for scores in self.score_prompts(images, prompts, continuations)]
@@ -145,7 +155,7 @@ class VisionLanguageModel:
         self, images: Sequence[ImageSource | None], prompts: Sequence[str], max_new_tokens: int = 64
     ) -> list[Generation]:
         """Continues whole prompts, "<image>" where the picture goes; see `answer`."""
-        _same_length(images=images, prompts=prompts)
+        _check_lists(images=images, prompts=prompts)
         if max_new_tokens < 1 or max_new_tokens > NEW_TOKENS[-1]:
             raise BatchError(f"max_new_tokens is {max_new_tokens}; it must lie in 1..{NEW_TOKENS[-1]}")
         capacity = next(size for size in NEW_TOKENS if size >= max_new_tokens)
@@ -164,7 +174,8 @@ class VisionLanguageModel:
         self, images: Sequence[ImageSource | None], prompts: Sequence[str], continuations: Sequence[Sequence[str]]
     ) -> list[OptionScores]:
         """Scores texts that are appended verbatim to whole prompts; see `score`."""
-        _same_length(images=images, prompts=prompts, continuations=continuations)
+        _check_lists(images=images, prompts=prompts, continuations=continuations)
+        _check_options(continuations)
         scores = []
         for first, batch, count in self._batches(images, prompts):
             texts = continuations[first : first + count]
@@ -221,7 +232,7 @@ class VisionLanguageModel:
             return program(self.params, *args, **static)
 
     def _prompts(self, images: Sequence[ImageSource | None], questions: Sequence[str]) -> list[str]:
-        _same_length(images=images, questions=questions)
+        _check_lists(images=images, questions=questions)
         return [
             prompt_text.build_prompt(question, with_image=image is not None)
             for image, question in zip(images, questions, strict=True)
@@ -251,12 +262,12 @@ class VisionLanguageModel:
         rows = [np.asarray(row) for row in input_ids]
         if pictures is None:
             return [Sample(row) for row in rows]
-        _same_length(images_or_pixels=pictures, input_ids=rows)
+        _check_lists(images_or_pixels=pictures, input_ids=rows)
         if not hasattr(pictures, "ndim"):
             return [self._sample(image, row) for image, row in zip(pictures, rows, strict=True)]
         if sizes is None:
             sizes = [None] * len(rows)
-        _same_length(image_sizes=sizes, input_ids=rows)
+        _check_lists(image_sizes=sizes, input_ids=rows)
         marks = (IMAGE_PLACEHOLDER, self.config.image_token_id)
         return [
             Sample(row, np.asarray(pixels, np.float32), size)
@@ -289,7 +300,15 @@ def scorer_continuation(scorer: str, option: str) -> str:
     return f" {option}" if scorer == "released" else f" {option}{prompt_text.END_OF_ANSWER}"
 
 
-def _same_length(**lists: Sequence[Any]) -> None:
+def _check_options(options: Sequence[Sequence[str]]) -> None:
+    if any(isinstance(sample, str) or not all(isinstance(text, str) for text in sample) for sample in options):
+        raise BatchError('options must be a list of texts for each question, e.g. [["red", "blue"]] for one question')
+
+
+def _check_lists(**lists: Sequence[Any]) -> None:
+    for name, values in lists.items():
+        if isinstance(values, (str, bytes)) or not hasattr(values, "__len__"):
+            raise BatchError(f"{name} must be a list with an entry for each question, not {type(values).__name__}")
     lengths = {name: len(values) for name, values in lists.items()}
     if len(set(lengths.values())) > 1:
         raise BatchError("lists differ in length: " + ", ".join(f"{n} {name}" for name, n in lengths.items()))

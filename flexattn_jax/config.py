@@ -175,7 +175,7 @@ class VLMConfig:
             f"lowres_size {self.lowres_size} must be a multiple of the patch size {patch} and at most the tower's "
             f"native {self.vision.image_size}: its position table has no more rows",
         )
-        if self.flexattention is None:
+        if self.flexattention is None or not self.flexattention.enabled:
             return
         zoom = self.flexattention.zoom_ratio
         _require(

@@ -10,6 +10,7 @@ from conftest import FIXTURES
 
 import flexattn_jax
 from flexattn_jax.config import ConfigError
+from flexattn_jax.evaluation.demo import write_random_checkpoint
 from flexattn_jax.inputs.batching import BatchError
 
 LLAVA = FIXTURES / "hf_llava_tiny"
@@ -98,3 +99,13 @@ def test_the_public_names_are_few():
         *("Generation", "OptionScores", "SelectionReport", "VisionLanguageModel", "load")
     ]
     assert jax.config.jax_enable_x64 is False
+
+
+def test_a_first_layer_beyond_the_decoder_is_warned_of(tmp_path, caplog):
+    write_random_checkpoint(tmp_path / "checkpoint")
+    flexattn_jax.load(tmp_path / "checkpoint", config_overrides={"flexattention.first_layer": 99})
+    assert "no layer reads high resolution" in caplog.text
+    caplog.clear()
+    off = {"flexattention.enabled": False, "image_size": 336}  # needs no tiles
+    assert flexattn_jax.load(tmp_path / "checkpoint", config_overrides=off).config.image_size == 336
+    assert not caplog.text

@@ -144,10 +144,11 @@ def _selection_line(selection: dict[str, Any]) -> str:
     layers = selection["layers"]
     kept = " ".join(f"{layer['mean_cells_kept']:.0f}" for layer in layers.values())
     overflow = selection["overflow"]
+    dropped = f"the capacity dropped {overflow} cells in all rows, the options' included"
     return (
         f"High resolution: a layer kept {selection['mean_cells_kept']:.1f} of {selection['cells']} cells "
         f"({100 * selection['mean_share']:.1f} %) for the last prompt row; "
-        + (f"{overflow} cells over the threshold were dropped by the capacity" if overflow else "none overflowed")
+        + (dropped if overflow else "none overflowed")
         + f". Layers {next(iter(layers))} to {list(layers)[-1]}: {kept}"
     )
 

@@ -19,7 +19,7 @@ class Scored:
     losses: (B, O) float32, mean cross-entropy over an option's tokens; lower is likelier. Infinite where
       a sample has fewer options than the batch makes room for.
     cells: (layers, B, C) bool, cells selected by the last prompt token, or None without high resolution.
-    overflow: (layers, B) int32, or None.
+    overflow: (layers, B) int32 over the last prompt token and all option tokens together, or None.
     cells_read: (B,) int32, cells projected in all layers together, for the prompt and all options, or None.
     """
 

@@ -170,3 +170,15 @@ def test_wrong_calls_say_what_is_wrong(setup, tokenizer):
         VisionLanguageModel(config, params).answer([None], ["a"])
     with pytest.raises(KeyError, match="no intermediate heat here; there are"):
         vlm.logits(None, [[1, 5]], capture=["heat"])
+
+
+def test_forgotten_lists_are_errors(setup, tokenizer):
+    vlm = VisionLanguageModel(*setup, tokenizer)
+    with pytest.raises(BatchError, match="options must be a list of texts for each question"):
+        vlm.score([picture(0)], ["a"], ["red"])
+    with pytest.raises(BatchError, match="options must be a list of texts for each question"):
+        vlm.score_prompts([picture(0)], [build_prompt("a")], [[1, 2]])
+    with pytest.raises(BatchError, match="images must be a list with an entry for each question, not str"):
+        vlm.answer("dog.jpg", "What?")
+    with pytest.raises(BatchError, match="images must be a list with an entry for each question, not NoneType"):
+        vlm.answer(None, ["a"])

@@ -60,7 +60,9 @@ def read_vstar(data_dir: str | Path) -> tuple[list[Question], list[QuestionError
         DatasetError: no such folder, or neither split in it.
     """
     root = Path(data_dir)
-    if not str(data_dir) or not root.is_dir():
+    if not str(data_dir):
+        raise DatasetError(f"no data folder is given (eval.py: --config.data_dir=DIR). {_where_to_get_it()}")
+    if not root.is_dir():
         raise DatasetError(f"the data folder {str(data_dir)!r} does not exist. {_where_to_get_it()}")
     if not any((root / split).is_dir() for split in SPLITS):
         raise DatasetError(f"the data folder {root} has neither {' nor '.join(SPLITS)} in it. {_where_to_get_it()}")
