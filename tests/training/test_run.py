@@ -126,6 +126,7 @@ def test_a_run_learns_logs_and_leaves_a_model_that_answers(undisturbed, checkpoi
     assert np.array_equal(hd[0][0], hd[1][0]) and not np.array_equal(hd[0][1], hd[1][1])
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_bit_equal(undisturbed, settings, compiled, tmp_path):
     step = int(np.random.default_rng(os.getpid()).integers(2, STEPS - 1))
     killed = start(command(settings, tmp_path), compiled)
@@ -139,6 +140,7 @@ def test_a_killed_run_ends_bit_equal(undisturbed, settings, compiled, tmp_path):
     same_end(undisturbed["workdir"], tmp_path)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_a_damaged_save_costs_only_the_steps_since_the_one_before(
     undisturbed, settings, compiled, tmp_path
 ):
