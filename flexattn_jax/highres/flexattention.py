@@ -34,6 +34,7 @@ from flexattn_jax.ops.selection import (
     Selection,
     empty_selection,
     keep_cells,
+    keep_of_listed,
     list_cells,
     normalise_map,
     pool_cells,
@@ -220,7 +221,7 @@ def read_union(
     if capacity < keep.shape[-1]:
         cells, _ = list_cells(keep.any(axis=1), capacity)
         tokens, cos, sin, valid = (read_rows(x, (), cells) for x in (tokens, cos, sin, valid))
-        keep = (keep[..., None, :] & (cells[:, None, :, None] == jnp.arange(keep.shape[-1]))).any(axis=-1)
+        keep = keep_of_listed(keep, cells)
     key, value = project_cells(tokens, cos, sin, key_kernel, value_kernel)
     mask = keep[..., None] & valid[:, None]  # (B, Q, U, P)
     flat = lambda x: x.reshape(x.shape[0], -1, x.shape[-1])  # noqa: E731
@@ -273,7 +274,7 @@ def read_cached(
         turn, out, lse = state
         cells = jax.lax.dynamic_slice_in_dim(listed, turn * CELLS_AT_ONCE, CELLS_AT_ONCE, axis=1)
         key, value = (read_rows(x, at, cells).reshape(batch, -1, x.shape[-1]) for x in (key_hd, value_hd))
-        keep = (selection.keep[:, :, None] & (cells[:, None, :, None] == jnp.arange(wanted.shape[-1]))).any(axis=-1)
+        keep = keep_of_listed(selection.keep, cells)
         mask = keep[..., None] & picture.valid.at[cells].get(mode="clip")[:, None]
         out, lse = merge((out, lse), attend(query, key, value, mask.reshape(*keep.shape[:2], -1)))
         return turn + 1, out, lse

@@ -156,3 +156,16 @@ def list_cells(keep: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
     hit = keep[:, None, :] & (place[:, None, :] == jnp.arange(length)[None, :, None])  # (B, length, C)
     listed = jnp.where(hit.any(axis=-1), (hit * jnp.arange(cells)).sum(axis=-1), cells)
     return listed.astype(jnp.int32), keep.sum(axis=-1, dtype=jnp.int32)
+
+
+def keep_of_listed(keep: jax.Array, cells: jax.Array) -> jax.Array:
+    """Which of the listed cells each row keeps.
+
+    Args:
+      keep: (B, Q, C) bool.
+      cells: (B, n) int32 of `list_cells`; an unused entry is kept by no row.
+
+    Returns:
+      (B, Q, n) bool.
+    """
+    return (keep[..., None, :] & (cells[:, None, :, None] == jnp.arange(keep.shape[-1]))).any(axis=-1)
