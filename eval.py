@@ -10,10 +10,10 @@ import pathlib
 from absl import flags
 
 from flexattn_jax.command_line import run_command
-from flexattn_jax.evaluation.run import USER_ERRORS, run_vstar
+from flexattn_jax.evaluation.run import USER_ERRORS, run_benchmark
 
 _CONFIG = pathlib.Path(__file__).parent / "configs" / "vstar.py"
-_WORKDIR = flags.DEFINE_string("workdir", "runs/vstar", "Folder for this run's predictions, results and pictures.")
+_WORKDIR = flags.DEFINE_string("workdir", "", "Folder of predictions, results and pictures; empty: runs/BENCHMARK.")
 
 if __name__ == "__main__":
-    run_command(lambda settings: run_vstar(settings, _WORKDIR.value), _CONFIG, USER_ERRORS)
+    run_command(lambda settings: run_benchmark(settings, _WORKDIR.value), _CONFIG, USER_ERRORS)

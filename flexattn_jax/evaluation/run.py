@@ -1,10 +1,13 @@
-"""One evaluation from settings to results.json: what eval.py calls."""
+"""One evaluation from settings to results.json: what eval.py calls.
+
+`RUNNERS` lists the benchmarks. A benchmark of another kind than a list of questions has a runner of its own there.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,21 @@ USER_ERRORS = (
 
 _SAMPLED_BYTES = 1 << 16
 _SAMPLES = 16
+
+
+Runner = Callable[[Mapping[str, Any], str | Path], dict[str, Any]]  # settings and workdir to what results.json holds
+
+
+def run_benchmark(settings: Mapping[str, Any], workdir: str | Path = "") -> dict[str, Any]:
+    """Runs the benchmark that `settings["benchmark"]` names, in `workdir` or, if that is empty, runs/NAME.
+
+    Raises:
+        one of USER_ERRORS.
+    """
+    name = settings["benchmark"]
+    if name not in RUNNERS:
+        raise HarnessError(f"there is no benchmark {name!r}; there are {', '.join(RUNNERS)}")
+    return RUNNERS[name](settings, workdir or f"runs/{name}")
 
 
 def run_vstar(settings: Mapping[str, Any], workdir: str | Path, show_progress: bool = True) -> dict[str, Any]:
@@ -155,3 +173,9 @@ def _write_json(path: Path, values: Any) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
     partial.replace(path)
+
+
+# A runner with imports of its own makes them when it is called, so that no benchmark waits for another's.
+RUNNERS: dict[str, Runner] = {
+    "vstar": run_vstar,
+}

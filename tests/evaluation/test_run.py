@@ -18,7 +18,7 @@ from flexattn_jax.evaluation import demo
 from flexattn_jax.evaluation import run as run_module
 from flexattn_jax.evaluation.predictions import WorkdirError
 from flexattn_jax.evaluation.report import print_report
-from flexattn_jax.evaluation.run import HarnessError, checkpoint_fingerprint, run_vstar
+from flexattn_jax.evaluation.run import HarnessError, checkpoint_fingerprint, run_benchmark, run_vstar
 from flexattn_jax.inputs.datasets.vstar import SPLITS, DatasetError, read_vstar
 
 ROOT = Path(__file__).parent.parent.parent
@@ -180,6 +180,16 @@ def test_mistakes(evaluate, data_dir, tmp_path):
     results = json.loads((evaluate.workdir / "results.json").read_text())
     assert results["overall"] == {"n": 0, "correct": 0, "accuracy": None, "ci95": None, "chance": None}
     assert len(results["errors"]) == 10
+
+
+def test_a_benchmark_is_found_by_its_name(monkeypatch):
+    called = []
+    monkeypatch.setitem(run_module.RUNNERS, "vsearch", lambda settings, workdir: called.append((settings, workdir)))
+    run_benchmark({"benchmark": "vsearch"}, "w")
+    run_benchmark({"benchmark": "vsearch"})
+    assert called == [({"benchmark": "vsearch"}, "w"), ({"benchmark": "vsearch"}, "runs/vsearch")]
+    with pytest.raises(HarnessError, match=r"there is no benchmark 'vqa9'; there are .*vstar"):
+        run_benchmark({"benchmark": "vqa9"})
 
 
 def test_the_table_on_a_terminal_names_ten_errors_and_survives_odd_names(evaluate, data_dir):
