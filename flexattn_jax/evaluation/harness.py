@@ -1,14 +1,4 @@
-"""Asks a model every question of a multiple-choice benchmark, in batches, and counts the right answers.
-
-The three scorers (which one a published figure used decides whether it can be compared):
-
-    released   question + "\\nAnswer the question using a single word or phrase."; each option after a space; the mean
-               loss of its tokens without an end-of-sequence token; the lowest wins (FlexAttention's released script)
-    official   the question alone; each option after a space and followed by </s>, which is part of the mean; the
-               lowest wins (V* Bench's own script)
-    generate   the options under letters in an order of `metrics.presentation_order`; the model writes a letter, which
-               `metrics.parse_letter` reads strictly
-"""
+"""Asks a model every question of a benchmark, in batches, by the benchmark's way of asking (`benchmark.Scorer`)."""
 
 from __future__ import annotations
 
@@ -16,6 +6,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,16 +14,13 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-from flexattn_jax.api import scorer_continuation, scorer_question
-from flexattn_jax.evaluation import metrics
+from flexattn_jax.evaluation.benchmark import Ask, Scorer
 from flexattn_jax.evaluation.predictions import CellSelection, Prediction, PredictionLog
 from flexattn_jax.inputs.batching import BatchError
-from flexattn_jax.inputs.datasets.vstar import Question, QuestionError
-from flexattn_jax.inputs.images import ImageError, load_image
-from flexattn_jax.inputs.prompts import LETTER_ANSWER, build_prompt, format_options
+from flexattn_jax.inputs.datasets.questions import Question, QuestionError
+from flexattn_jax.inputs.images import ImageError, load_image, stretch_to_square
+from flexattn_jax.inputs.prompts import build_prompt
 from flexattn_jax.inputs.tokenizer import TokenizerError
-
-SCORERS = ("released", "official", "generate")
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -47,20 +35,31 @@ class _Loaded:
     picture: Image.Image
 
 
-def check_request(scorer: str, batch_size: int, max_new_tokens: int) -> None:
-    """Raises HarnessError for an unknown scorer or an impossible size."""
-    if scorer not in SCORERS:
-        raise HarnessError(f"scorer is {scorer!r}; it must be one of {', '.join(SCORERS)}")
+def check_sizes(batch_size: int, max_new_tokens: int) -> None:
+    """Raises HarnessError for an impossible size."""
     for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if value < 1:
             raise HarnessError(f"{name} is {value}; it must be at least 1")
+
+
+def open_picture(question: Question) -> Image.Image:
+    """The picture as the model is shown it, before padding. Raises ImageError."""
+    source = question.image
+    if isinstance(source, Path):
+        picture = load_image(source)
+    else:
+        try:
+            picture = load_image(source.read())
+        except ImageError as error:
+            raise ImageError(f"{source}: {error}") from error
+    return stretch_to_square(picture) if question.stretched else picture
 
 
 def evaluate(
     open_vlm: Callable[[], Any],
     questions: Sequence[Question],
     log: PredictionLog,
-    scorer: str = "released",
+    scorer: Scorer,
     batch_size: int = 8,
     max_new_tokens: int = 16,
     show_progress: bool = True,
@@ -71,9 +70,9 @@ def evaluate(
         open_vlm: gives the model (`flexattn_jax.api.VLM`); not called when nothing is left to ask.
         questions: what to ask.
         log: open; `log.finished` holds every answer afterwards, earlier ones included.
-        scorer: one of `SCORERS`.
+        scorer: how to ask, and what the answers are worth.
         batch_size: questions asked at once.
-        max_new_tokens: of scorer "generate".
+        max_new_tokens: where the model writes its answer.
         show_progress: whether to draw a bar with the time left.
 
     Returns:
@@ -81,9 +80,9 @@ def evaluate(
         are neither right nor wrong and are tried again by the next run.
 
     Raises:
-        HarnessError: see `check_request`.
+        HarnessError: see `check_sizes`.
     """
-    check_request(scorer, batch_size, max_new_tokens)
+    check_sizes(batch_size, max_new_tokens)
     todo = [question for question in questions if question.id not in log.finished]
     if not todo:
         return []
@@ -115,7 +114,7 @@ def _ask_batch(ask: Asker, batch: Sequence[Question]) -> Iterator[QuestionError 
     loaded = []
     for question in batch:
         try:
-            loaded.append(_Loaded(question, load_image(question.image)))
+            loaded.append(_Loaded(question, open_picture(question)))
         except ImageError as error:
             yield QuestionError(question.id, str(error))
     if not loaded:
@@ -133,7 +132,7 @@ def _ask_batch(ask: Asker, batch: Sequence[Question]) -> Iterator[QuestionError 
 class Asker:
     """Puts batches of questions to a model in the way of one scorer."""
 
-    def __init__(self, vlm: Any, scorer: str, max_new_tokens: int, digest: Callable[[Question], str]):
+    def __init__(self, vlm: Any, scorer: Scorer, max_new_tokens: int, digest: Callable[[Question], str]):
         self._vlm = vlm
         self._scorer = scorer
         self._max_new_tokens = max_new_tokens
@@ -143,58 +142,57 @@ class Asker:
 
     def __call__(self, batch: Sequence[_Loaded], started: float) -> list[Prediction]:
         """Predictions for pictures that were opened from `started` (time.perf_counter) on."""
+        ask = self._scorer.ask
+        prompts = [prompt(one.question, ask) for one in batch]
+        pictures = [one.picture for one in batch]
         with _CompileCounter() as compiles:
-            answers = self._generate(batch) if self._scorer == "generate" else self._score(batch)
+            if ask.continuation is None:
+                answers = self._write(ask, batch, pictures, prompts)
+            else:
+                answers = self._compare(ask.continuation, batch, pictures, prompts)
         seconds = (time.perf_counter() - started) / len(batch)
         return [
-            Prediction(
-                id=one.question.id,
-                split=one.question.split,
-                digest=self._digest(one.question),
-                options=one.question.options,
-                seconds=seconds,
-                compiled=compiles.count > 0,
-                device=self._device,
-                **answer,
+            self._scorer.score(
+                Prediction(
+                    id=one.question.id,
+                    split=one.question.split,
+                    digest=self._digest(one.question),
+                    question=one.question.question,
+                    options=one.question.options,
+                    target=one.question.target,
+                    answers=one.question.answers,
+                    unit=one.question.unit,
+                    seconds=seconds,
+                    compiled=compiles.count > 0,
+                    device=self._device,
+                    **answer,
+                )
             )
             for one, answer in zip(batch, answers, strict=True)
         ]
 
-    def _score(self, batch: Sequence[_Loaded]) -> list[dict[str, Any]]:
-        prompts = [prompt(one.question, self._scorer) for one in batch]
-        continuations = [[scorer_continuation(self._scorer, o) for o in one.question.options] for one in batch]
-        scores = self._vlm.score_prompts([one.picture for one in batch], prompts, continuations)
+    def _compare(self, continuation, batch, pictures, prompts) -> list[dict[str, Any]]:
+        continuations = [[continuation(option) for option in one.question.options] for one in batch]
+        scores = self._vlm.score_prompts(pictures, prompts, continuations)
         answers = []
         for one, score in zip(batch, scores, strict=True):
             losses = tuple(float(loss) for loss in score.losses)
             if len(losses) != len(one.question.options):
                 raise RuntimeError(f"{len(losses)} losses for {len(one.question.options)} options of {one.question.id}")
-            choice = metrics.choose(losses)
-            answers.append(self._answer(choice, choice.index, score.selection, losses=losses))
+            answers.append({"losses": losses, "output": None, "order": None, "selection": self._pack(score.selection)})
         return answers
 
-    def _generate(self, batch: Sequence[_Loaded]) -> list[dict[str, Any]]:
-        orders = [metrics.presentation_order(one.question.id, one.question.options) for one in batch]
-        prompts = [prompt(one.question, self._scorer) for one in batch]
-        texts = self._vlm.generate_prompts([one.picture for one in batch], prompts, self._max_new_tokens)
-        answers = []
-        for one, order, generation in zip(batch, orders, texts, strict=True):
-            choice = metrics.parse_letter(generation.text, [one.question.options[k] for k in order])
-            index = None if choice.index is None else order[choice.index]
-            answers.append(self._answer(choice, index, generation.selection, output=generation.text, order=order))
-        return answers
-
-    def _answer(self, choice, index, selection, losses=None, output=None, order=None) -> dict[str, Any]:
-        return {
-            "choice": index,
-            "correct": index == 0,
-            "reason": choice.reason,
-            "detail": choice.detail,
-            "losses": losses,
-            "output": output,
-            "order": order,
-            "selection": self._pack(selection),
-        }
+    def _write(self, ask, batch, pictures, prompts) -> list[dict[str, Any]]:
+        written = self._vlm.generate_prompts(pictures, prompts, self._max_new_tokens)
+        return [
+            {
+                "losses": None,
+                "output": generation.text,
+                "order": ask.order(one.question) if ask.order else None,
+                "selection": self._pack(generation.selection),
+            }
+            for one, generation in zip(batch, written, strict=True)
+        ]
 
     def _pack(self, selection: Any) -> CellSelection | None:
         if selection is None:
@@ -210,12 +208,14 @@ class Asker:
         )
 
 
-def prompt(question: Question, scorer: str) -> str:
-    """The whole prompt of a question under one of `SCORERS`."""
-    if scorer != "generate":
-        return build_prompt(scorer_question(scorer, question.question))
-    order = metrics.presentation_order(question.id, question.options)
-    return build_prompt(question.question + format_options([question.options[k] for k in order]) + LETTER_ANSWER)
+def shown_order(question: Question, ask: Ask) -> tuple[int, ...]:
+    """Indices of the options in the order in which they are shown."""
+    return ask.order(question) if ask.order else tuple(range(len(question.options)))
+
+
+def prompt(question: Question, ask: Ask) -> str:
+    """The whole prompt of a question."""
+    return build_prompt(ask.words(question, shown_order(question, ask)))
 
 
 def unpack_cells(selection: CellSelection) -> np.ndarray:

@@ -1,12 +1,10 @@
-"""Accuracy with an interval, the choice between option losses, and the letter that a model wrote."""
+"""Accuracies and other figures with their intervals, the choice between option losses, and the order of options."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import math
-import re
-import string
 from collections.abc import Sequence
 
 _Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
@@ -21,10 +19,12 @@ class Choice:
     detail: str | None = None
 
 
-def wilson_interval(correct: int, n: int) -> tuple[float, float] | None:
+def wilson_interval(correct: float, n: int) -> tuple[float, float] | None:
     """The 95 % Wilson score interval of a proportion; None without a question.
 
-    It stays inside 0..1 and is sensible for few questions and for accuracies near 0 and 1 (Wilson 1927).
+    It stays inside 0..1 and is sensible for few questions and for accuracies near 0 and 1 (Wilson 1927). For scores
+    between right and wrong, `correct` is their sum; the interval is then too wide rather than too narrow, since no
+    scores in 0..1 of the same mean vary more than ones that are either 0 or 1.
     """
     if not 0 <= correct <= n:
         raise ValueError(f"{correct} correct answers out of {n} is impossible")
@@ -37,10 +37,11 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float] | None:
     return 0.0 if correct == 0 else centre - half, 1.0 if correct == n else centre + half
 
 
-def accuracy(correct: Sequence[bool]) -> dict[str, float | int | list[float] | None]:
-    """{"n", "correct", "accuracy", "ci95"} of a list of right and wrong answers; shares between 0 and 1."""
-    n, right = len(correct), sum(map(bool, correct))
-    interval = wilson_interval(right, n)
+def accuracy(scores: Sequence[float | bool]) -> dict[str, float | int | list[float] | None]:
+    """{"n", "correct", "accuracy", "ci95"} of a list of scores in 0..1; "correct" is their sum."""
+    n, right = len(scores), math.fsum(scores)
+    right = int(right) if right == int(right) else right
+    interval = wilson_interval(min(right, n), n)
     return {
         "n": n,
         "correct": right,
@@ -80,44 +81,3 @@ def presentation_order(question_id: str, options: Sequence[str]) -> tuple[int, .
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), index
 
     return tuple(sorted(range(len(options)), key=key))
-
-
-_LETTER = re.compile(r"\(?([A-Z])(?:$|[.:)]+\s*(.*)$)")
-_SENTENCE = re.compile(r"(?:the )?(?:correct )?(?:answer|option)(?: is)?:?\s+\(?([A-Z])\)?\.?$", re.IGNORECASE)
-
-
-def parse_letter(text: str, options: Sequence[str]) -> Choice:
-    """Which lettered option a model's answer names, read strictly.
-
-    Accepted are a capital letter alone or in brackets ("B", "B.", "(B)"), the same followed by that option's own text
-    ("B. The hat is red."), an option's text alone, and "The answer is B". Everything else ("Blue", "A or B", a letter
-    with another option's text, a letter that was not offered) is not an answer, so that a wordy answer cannot be right
-    by accident.
-
-    Args:
-        text: what the model wrote; its first line is read.
-        options: texts in the order of their letters.
-
-    Returns:
-        the place in `options`, or no choice with reason "unparsed".
-    """
-    line = text.strip().split("\n")[0].strip()
-    named = [index for index, option in enumerate(options) if _plain(option) == _plain(line)]
-    if len(named) == 1:
-        return Choice(named[0])
-    match = _LETTER.match(line)
-    rest = match.group(2) if match else None
-    if match is None:
-        match = _SENTENCE.match(line)
-        # The pattern ignores case for its words; a letter must still be a capital, or "an answer: a ..." would count.
-        if match and not match.group(1).isupper():
-            match = None
-    if match:
-        index = string.ascii_uppercase.index(match.group(1))
-        if index < len(options) and (not rest or _plain(rest) == _plain(options[index])):
-            return Choice(index)
-    return Choice(None, "unparsed", f"the answer {line[:80]!r} names no single option")
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.lower().strip().rstrip(".").split())

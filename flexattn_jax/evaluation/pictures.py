@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from flexattn_jax.evaluation.harness import unpack_cells
+from flexattn_jax.evaluation.harness import open_picture, unpack_cells
 from flexattn_jax.evaluation.predictions import CellSelection, Prediction
-from flexattn_jax.inputs.datasets.vstar import Question
-from flexattn_jax.inputs.images import load_image
+from flexattn_jax.inputs.datasets.questions import Question
 
+_ODD = re.compile(r"[\0\\:*?\"<>|\n\r\t]")
 _MAIN = (880, 660)  # largest size of the large panel
 _SMALL_WIDTH = 280  # of a layer's panel
 _TITLE = 26  # height below a layer's panel
 _COLUMNS = 2
 _MOST_PANELS = 6
+_MOST_LINES = 6  # of an answer
 _MARGIN = 24
 _GAP = 14
 
@@ -57,7 +59,7 @@ def cell_map(size: tuple[int, int], panel: tuple[int, int], cell_grid: int, grid
 
 def draw_question(question: Question, prediction: Prediction) -> Image.Image:
     """One sheet: all layers together on the left, single layers on the right, the question and the answer below."""
-    photograph = load_image(question.image)
+    photograph = open_picture(question)
     selection = prediction.selection
     chosen = unpack_cells(selection) if selection is not None else np.zeros((0, 1), bool)
     shown = _spread(len(chosen), _MOST_PANELS)
@@ -94,11 +96,16 @@ def write_pictures(
     answered = [question for question in questions if question.id in predictions][:count]
     paths = []
     for question in answered:
-        path = folder / f"{question.id}.png"
+        path = folder / f"{_file_name(question.id)}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         draw_question(question, predictions[question.id]).save(path)
         paths.append(path)
     return paths
+
+
+def _file_name(name: str) -> str:
+    """A question's name as a path that stays in its folder; names come out of files."""
+    return "/".join(_ODD.sub("_", part).lstrip(".") or "_" for part in name.split("/"))
 
 
 def _spread(count: int, most: int) -> list[int]:
@@ -182,15 +189,23 @@ def _caption(question: Question, prediction: Prediction, width: int) -> Image.Im
         lines.append((line, _INK, 22))
     for index, option in enumerate(question.options):
         loss = "" if prediction.losses is None else f"   loss {prediction.losses[index]:.4f}"
-        marks = [mark for mark, here in (("correct", index == 0), ("chosen", index == prediction.choice)) if here]
+        correct = index == prediction.target
+        marks = [mark for mark, here in (("correct", correct), ("chosen", index == prediction.choice)) if here]
         colour = _FAINT
         if index == prediction.choice:
-            colour = _RIGHT if prediction.correct else _WRONG
-        elif index == 0:
+            colour = _RIGHT if correct else _WRONG
+        elif correct:
             colour = _RIGHT
         text = f"{option}{loss}" + (f"   ({', '.join(marks)})" if marks else "")
         lines.extend((line, colour, 17) for line in _wrap(text, _font(17), width))
-    if prediction.choice is None:
+    if prediction.output is not None:
+        colour = _INK if prediction.score is None else _RIGHT if prediction.score == 1 else _WRONG
+        written = _wrap(f"Written: {prediction.output}", _font(17), width)[:_MOST_LINES]
+        lines.extend((line, colour, 17) for line in written)
+    if prediction.answers:
+        answers = "Answers: " + "; ".join(dict.fromkeys(prediction.answers))
+        lines.extend((line, _FAINT, 17) for line in _wrap(answers, _font(17), width)[:_MOST_LINES])
+    if prediction.reason:
         lines.extend((line, _WRONG, 17) for line in _wrap(f"No choice: {prediction.detail}", _font(17), width))
     lines.append((question.id, _FAINT, 14))
     height = sum(size + 8 for _, _, size in lines) + 4

@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flexattn_jax.inputs.datasets.vstar import Question
+from flexattn_jax.inputs.datasets.questions import Question
 
 PREDICTIONS = "predictions.jsonl"
 RUN = "run.json"
+FORMAT = 2  # of a line in predictions.jsonl
 
 
 class WorkdirError(ValueError):
@@ -40,29 +41,37 @@ class CellSelection:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What became of one question."""
+    """What became of one question, with all that is needed to score it again."""
 
     id: str
     split: str
     digest: str  # of the question and its picture
-    options: tuple[str, ...]  # as in the file: the first is correct
-    choice: int | None  # index into options
-    correct: bool
-    reason: str | None  # why there is no choice: "tie", "not finite", "unparsed"
-    detail: str | None
-    losses: tuple[float, ...] | None  # of the options, for the scorers that compare losses
-    output: str | None  # for the scorer that generates
-    order: tuple[int, ...] | None  # for the scorer that generates: which option had the k-th letter
+    question: str
+    options: tuple[str, ...]  # as in the file
+    target: int | None  # the correct option
+    answers: tuple[str, ...]  # what people answered, where there are no options
+    unit: str  # questions of the same unit are also judged together
+    losses: tuple[float, ...] | None  # of the options, where losses are compared
+    output: str | None  # what the model wrote, where it writes
+    order: tuple[int, ...] | None  # which option was shown in the k-th place; None: the file's order
     seconds: float  # the batch's wall time, divided by its questions
     compiled: bool  # whether XLA compiled something in that time
     device: str
     selection: CellSelection | None
+    score: float | None = None  # 0..1; None: somebody else must judge it
+    choice: int | None = None  # index into options
+    reason: str | None = None  # why there is no choice or answer: "tie", "not finite", "unparsed"
+    detail: str | None = None
 
 
 def question_digest(question: Question) -> str:
-    """A name for exactly this question, options and picture (by its size), so that answers are not mixed up."""
-    picture = question.image.stat().st_size if question.image.is_file() else -1
-    parts = [question.id, question.question, list(question.options), picture]
+    """A name for exactly this question, its answers and its picture, so that answers are not mixed up."""
+    if not isinstance(question.image, Path):
+        picture = question.image.mark()
+    else:
+        picture = question.image.stat().st_size if question.image.is_file() else -1
+    asked = dataclasses.replace(question, image=None, bbox=(), target_object=())
+    parts = [list(dataclasses.asdict(asked).values()), picture]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -80,7 +89,7 @@ class PredictionLog:
 
     def __init__(self, workdir: str | Path, settings: dict[str, Any], questions: Sequence[Question]):
         self.workdir = Path(workdir)
-        self._settings = json.loads(json.dumps(settings))
+        self._settings = {"format": FORMAT, **json.loads(json.dumps(settings))}
         self._digests = {question.id: question_digest(question) for question in questions}
         self.finished: dict[str, Prediction] = {}
         self.torn = False  # whether a half-written line was found and removed
@@ -175,6 +184,24 @@ class PredictionLog:
         )
 
 
+def read_predictions(path: str | Path) -> list[Prediction]:
+    """The predictions of a file, whatever wrote it last. Raises WorkdirError."""
+    path = Path(path)
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise WorkdirError(f"{path} cannot be read ({error.strerror}); give the {PREDICTIONS} of a run") from error
+    predictions = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            predictions.append(_from_json(json.loads(line)))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise WorkdirError(
+                f"line {number} of {path} is damaged or was written by another version; remove that line"
+            ) from None
+    return predictions
+
+
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -191,7 +218,7 @@ def _from_json(values: dict[str, Any]) -> Prediction:
     values = dict(values)
     if values["losses"] is not None:
         values["losses"] = tuple(float(loss) for loss in values["losses"])
-    for key in ("options", "order"):
+    for key in ("options", "answers", "order"):
         values[key] = None if values[key] is None else tuple(values[key])
     if values["selection"] is not None:
         selection = {k: tuple(v) if isinstance(v, list) else v for k, v in values["selection"].items()}

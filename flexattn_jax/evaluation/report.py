@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from flexattn_jax.evaluation import metrics
+from flexattn_jax.evaluation.benchmarks import BENCHMARKS
 from flexattn_jax.evaluation.harness import unpack_cells
 from flexattn_jax.evaluation.predictions import Prediction
-from flexattn_jax.inputs.datasets.vstar import QuestionError
+from flexattn_jax.inputs.datasets.questions import QuestionError
 
 _PRINTED_NAMES = 10  # errors and unresolved questions named on the screen; results.json names all
 
@@ -22,33 +24,50 @@ _PRINTED_NAMES = 10  # errors and unresolved questions named on the screen; resu
 def build_results(
     benchmark: str,
     config: dict[str, Any],
-    splits: Sequence[str],
     predictions: Sequence[Prediction],
-    errors: Sequence[QuestionError],
+    splits: Sequence[str] | None = None,
+    errors: Sequence[QuestionError] = (),
     note: str | None = None,
+    prompt: str | None = None,
 ) -> dict[str, Any]:
     """The content of results.json. Accuracies, intervals and shares lie between 0 and 1, times are in seconds.
 
     A question that was asked counts in n, also when a tie, a loss that is not finite or an unreadable answer left it
     without a choice: then it is wrong and listed under "unresolved". A question that could not be asked is listed
     under "errors" and is no part of n.
+
+    Args:
+        benchmark: name in `benchmarks.BENCHMARKS`.
+        config: the settings; "scorer" is printed.
+        predictions: scored ones.
+        splits: rows of the table; None: those of the predictions.
+        errors: questions that could not be asked.
+        note: a warning to print with the figures.
+        prompt: that of the first question.
     """
+    splits = list(dict.fromkeys(p.split for p in predictions)) if splits is None else splits
+    judged = [p for p in predictions if p.score is not None]
+    figures = BENCHMARKS[benchmark].figures
     return {
         "benchmark": benchmark,
         "note": note,
         "config": config,
-        "splits": {split: _counts([p for p in predictions if p.split == split]) for split in splits},
-        "overall": _counts(predictions),
+        "prompt": prompt,
+        "answers": len(predictions),
+        "splits": {split: _counts([p for p in judged if p.split == split]) for split in splits},
+        "overall": _counts(judged),
+        "figures": [dataclasses.asdict(figure) for figure in figures(judged)] if figures and judged else [],
         "errors": [{"id": error.id, "reason": error.reason} for error in errors],
-        "unresolved": [{"id": p.id, "reason": p.reason, "detail": p.detail} for p in predictions if p.choice is None],
+        "unresolved": [{"id": p.id, "reason": p.reason, "detail": p.detail} for p in predictions if p.reason],
         "selection": _selection(predictions),
         "timing": _timing(predictions),
     }
 
 
 def _counts(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    counts = metrics.accuracy([p.correct for p in predictions])
-    counts["chance"] = float(np.mean([1 / len(p.options) for p in predictions])) if predictions else None
+    counts = metrics.accuracy([p.score for p in predictions])
+    with_options = bool(predictions) and all(p.options for p in predictions)
+    counts["chance"] = float(np.mean([1 / len(p.options) for p in predictions])) if with_options else None
     return counts
 
 
@@ -96,15 +115,14 @@ def print_report(results: dict[str, Any], console: Console | None = None) -> Non
     console = console or Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=100, color_system=None)
-    table = Table(title=f"{results['benchmark']}, scorer {results['config'].get('scorer')}", box=box.SIMPLE_HEAD)
-    table.add_column("split")
-    for name in ("n", "correct", "accuracy", "95 % interval", "chance"):
-        table.add_column(name, justify="right")
-    for name, counts in results["splits"].items():
-        table.add_row(name, *_cells(counts))
-    table.add_section()
-    table.add_row("overall", *_cells(results["overall"]), style="bold")
-    console.print(table)
+    if results["prompt"]:
+        console.print(f"The first prompt:\n{escape(results['prompt'])}", highlight=False, soft_wrap=True)
+    if results["overall"]["n"] or not results["answers"]:
+        console.print(_accuracies(results))
+    if results["figures"]:
+        console.print(_figures(results["figures"]))
+    if results.get("judge"):
+        console.print(f"{results['answers']} answers were written for {escape(results['judge'])}; none is scored here.")
     if results["note"]:
         console.print(f"Note: {escape(results['note'])}", style="yellow")
     _print_names(console, "not asked (not in n)", [(e["id"], e["reason"]) for e in results["errors"]])
@@ -114,16 +132,42 @@ def print_report(results: dict[str, Any], console: Console | None = None) -> Non
     console.print(_timing_line(results["timing"]), highlight=False)
 
 
+def _accuracies(results: dict[str, Any]) -> Table:
+    title = ", ".join(filter(None, (results["benchmark"], results["config"].get("variant"))))
+    table = Table(title=f"{escape(title)}, scorer {results['config'].get('scorer')}", box=box.SIMPLE_HEAD)
+    table.add_column("split")
+    for name in ("n", "correct", "accuracy", "95 % interval", "chance"):
+        table.add_column(name, justify="right")
+    for name, counts in results["splits"].items():
+        table.add_row(escape(name), *_cells(counts))
+    table.add_section()
+    table.add_row("overall", *_cells(results["overall"]), style="bold")
+    return table
+
+
+def _figures(figures: Sequence[dict[str, Any]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("figure")
+    for name in ("n", "value", "95 % interval"):
+        table.add_column(name, justify="right")
+    for figure in figures:
+        factor, unit = (1, "") if figure["points"] else (100, " %")
+        low, high = figure["ci95"] or (None, None)
+        interval = "-" if low is None else f"{factor * low:.1f} to {factor * high:.1f}{unit}"
+        table.add_row(figure["name"], str(figure["n"]), f"{factor * figure['value']:.1f}{unit}", interval)
+    return table
+
+
 def _cells(counts: dict[str, Any]) -> list[str]:
     if not counts["n"]:
         return ["0", "0", "-", "-", "-"]
     low, high = counts["ci95"]
     return [
         str(counts["n"]),
-        str(counts["correct"]),
+        f"{counts['correct']:.1f}".removesuffix(".0"),
         f"{100 * counts['accuracy']:.1f} %",
         f"{100 * low:.1f} to {100 * high:.1f} %",
-        f"{100 * counts['chance']:.1f} %",
+        "-" if counts["chance"] is None else f"{100 * counts['chance']:.1f} %",
     ]
 
 

@@ -1,13 +1,14 @@
 """One evaluation from settings to results.json: what eval.py calls.
 
-`RUNNERS` lists the benchmarks. A benchmark of another kind than a list of questions has a runner of its own there.
+`RUNNERS` lists the benchmarks. One of another kind than a list of questions has a runner of its own there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from flexattn_jax.api import load
 from flexattn_jax.checkpoints.errors import CheckpointError
 from flexattn_jax.config import ConfigError, dotted
 from flexattn_jax.evaluation import demo, harness
+from flexattn_jax.evaluation.benchmarks import BENCHMARKS
 from flexattn_jax.evaluation.harness import HarnessError
 from flexattn_jax.evaluation.pictures import write_pictures
 from flexattn_jax.evaluation.predictions import PREDICTIONS, PredictionLog, WorkdirError
 from flexattn_jax.evaluation.report import build_results, print_report
 from flexattn_jax.inputs.batching import BatchError
-from flexattn_jax.inputs.datasets.vstar import SPLITS, DatasetError, Question, read_vstar
+from flexattn_jax.inputs.datasets.questions import DatasetError, Question
 from flexattn_jax.inputs.images import ImageError
 from flexattn_jax.inputs.tokenizer import TokenizerError
 
@@ -42,7 +44,6 @@ USER_ERRORS = (
 _SAMPLED_BYTES = 1 << 16
 _SAMPLES = 16
 
-
 Runner = Callable[[Mapping[str, Any], str | Path], dict[str, Any]]  # settings and workdir to what results.json holds
 
 
@@ -58,11 +59,14 @@ def run_benchmark(settings: Mapping[str, Any], workdir: str | Path = "") -> dict
     return RUNNERS[name](settings, workdir or f"runs/{name}")
 
 
-def run_vstar(settings: Mapping[str, Any], workdir: str | Path, show_progress: bool = True) -> dict[str, Any]:
-    """Evaluates a checkpoint on V* Bench, prints the table and writes `workdir`/results.json.
+def run_questions(
+    name: str, settings: Mapping[str, Any], workdir: str | Path, show_progress: bool = True
+) -> dict[str, Any]:
+    """Evaluates a checkpoint on one of `BENCHMARKS`, prints the table and writes `workdir`/results.json.
 
     Args:
-        settings: those of configs/vstar.py, as plain types.
+        name: of the benchmark.
+        settings: those of `settings.benchmark_config`, as plain types.
         workdir: of this run; holds predictions.jsonl, by which a killed run goes on, and the pictures.
         show_progress: whether to draw a progress bar.
 
@@ -72,22 +76,31 @@ def run_vstar(settings: Mapping[str, Any], workdir: str | Path, show_progress: b
     Raises:
         one of USER_ERRORS.
     """
+    benchmark, variant = BENCHMARKS[name], settings.get("variant", "")
     limit, pictures = settings["limit"], settings["pictures"]
-    for name in ("limit", "pictures"):
-        if settings[name] < 0:
-            raise HarnessError(f"{name} is {settings[name]}; it cannot be negative")
-    harness.check_request(settings["scorer"], settings["batch_size"], settings["max_new_tokens"])
-    questions, read_errors = read_vstar(settings["data_dir"])
+    for setting in ("limit", "pictures"):
+        if settings[setting] < 0:
+            raise HarnessError(f"{setting} is {settings[setting]}; it cannot be negative")
+    for setting, value, allowed in (
+        ("scorer", settings["scorer"], benchmark.scorers),
+        ("variant", variant, benchmark.variants),
+    ):
+        if value not in allowed:
+            raise HarnessError(f"{setting} is {value!r}; it must be one of {', '.join(allowed)}")
+    harness.check_sizes(settings["batch_size"], settings["max_new_tokens"])
+    scorer = benchmark.scorers[settings["scorer"]]
+    questions, read_errors = benchmark.read(settings["data_dir"], variant)
     checkpoint = _checkpoint(settings)
     overrides = dotted(settings["model_overrides"])
     answers_depend_on = {
-        "benchmark": settings["benchmark"],
+        "benchmark": name,
+        "variant": variant,
         "scorer": settings["scorer"],
         "checkpoint": checkpoint_fingerprint(checkpoint),
         "dtype": settings["dtype"],
         "model_overrides": overrides,
     }
-    if settings["scorer"] == "generate":
+    if scorer.ask.continuation is None:
         answers_depend_on["max_new_tokens"] = settings["max_new_tokens"]
 
     def open_vlm():
@@ -103,27 +116,33 @@ def run_vstar(settings: Mapping[str, Any], workdir: str | Path, show_progress: b
             open_vlm,
             asked,
             log,
-            scorer=settings["scorer"],
+            scorer,
             batch_size=settings["batch_size"],
             max_new_tokens=settings["max_new_tokens"],
             show_progress=show_progress,
         )
         answered = [log.finished[question.id] for question in asked if question.id in log.finished]
         results = build_results(
-            benchmark=settings["benchmark"],
+            name,
             config=dict(settings),
-            splits=[split for split in SPLITS if any(question.split == split for question in asked)],
             predictions=answered,
+            splits=list(dict.fromkeys(question.split for question in asked)),
             errors=[*read_errors, *errors],
             note=demo.NOTE if demo.is_random(checkpoint) else None,
+            prompt=harness.prompt(asked[0], scorer.ask),
         )
-        if asked:
-            results["prompt"] = harness.prompt(asked[0], settings["scorer"])
+        written = [RESULTS, PREDICTIONS]
+        if variant in benchmark.exports:
+            export = benchmark.exports[variant]
+            by_name = {prediction.id: prediction for prediction in answered}
+            _write_json(log.workdir / export.file_name, export.content(Path(settings["data_dir"]), variant, by_name))
+            results["judge"] = export.judge
+            written.append(export.file_name)
         _write_json(log.workdir / RESULTS, results)
         paths = write_pictures(asked, log.finished, log.workdir / PICTURES, pictures)
     print_report(results)
-    print(f"Written: {log.workdir / RESULTS}, {log.workdir / PREDICTIONS}", end="")
-    print(f" and {len(paths)} pictures in {log.workdir / PICTURES}" if paths else "")
+    pictured = f" and {len(paths)} pictures in {log.workdir / PICTURES}" if paths else ""
+    print(f"Written: {', '.join(str(log.workdir / file) for file in written)}{pictured}")
     if not answered:
         raise HarnessError(f"no question of {settings['data_dir']} could be asked; the reasons are listed above")
     return results
@@ -163,10 +182,16 @@ def _checkpoint(settings: Mapping[str, Any]) -> Path:
     return folder
 
 
-def _first_of_each_split(questions: list[Question], limit: int) -> list[Question]:
+def _first_of_each_split(questions: Sequence[Question], limit: int) -> list[Question]:
     if not limit:
-        return questions
-    return [q for split in SPLITS for q in [q for q in questions if q.split == split][:limit]]
+        return list(questions)
+    counts: dict[str, int] = {}
+    chosen = []
+    for question in questions:
+        counts[question.split] = counts.get(question.split, 0) + 1
+        if counts[question.split] <= limit:
+            chosen.append(question)
+    return chosen
 
 
 def _write_json(path: Path, values: Any) -> None:
@@ -176,6 +201,4 @@ def _write_json(path: Path, values: Any) -> None:
 
 
 # A runner with imports of its own makes them when it is called, so that no benchmark waits for another's.
-RUNNERS: dict[str, Runner] = {
-    "vstar": run_vstar,
-}
+RUNNERS: dict[str, Runner] = {name: partial(run_questions, name) for name in BENCHMARKS}

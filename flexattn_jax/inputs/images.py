@@ -90,6 +90,15 @@ def pad_to_square(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image
     return square
 
 
+def stretch_to_square(image: Image.Image) -> Image.Image:
+    """`image` stretched to a square of its longer side (PIL bicubic), as FlexAttention's RefCOCO script does.
+
+    To bound memory the square has at most `_STRIP_SIDE` pixels a side.
+    """
+    side = min(max(image.size), _STRIP_SIDE)
+    return image.resize((side, side), Image.Resampling.BICUBIC)
+
+
 def preprocess(image: Image.Image, config: VLMConfig) -> tuple[np.ndarray, tuple[int, int]]:
     """Pads to a square with the mean colour, resizes (PIL bicubic) and normalises, as LLaVA with CLIPImageProcessor.
 

@@ -8,17 +8,21 @@ import pytest
 from evaluation.fakes import CELL_GRID, LAYERS, FakeVLM
 
 from flexattn_jax.evaluation import harness
+from flexattn_jax.evaluation.benchmarks import BENCHMARKS
 from flexattn_jax.evaluation.harness import HarnessError, evaluate, unpack_cells
 from flexattn_jax.evaluation.predictions import PredictionLog
 from flexattn_jax.inputs.batching import BatchError
 from flexattn_jax.inputs.datasets.vstar import read_vstar
 
 
-def run(data_dir, workdir, vlm, **kwargs):
+SCORERS = BENCHMARKS["vstar"].scorers
+
+
+def run(data_dir, workdir, vlm, scorer="released", **kwargs):
     """(predictions by id, errors) of a whole folder."""
     questions, _ = read_vstar(data_dir)
     with PredictionLog(workdir, {}, questions) as log:
-        errors = evaluate(lambda: vlm, questions, log, show_progress=False, **kwargs)
+        errors = evaluate(lambda: vlm, questions, log, SCORERS[scorer], show_progress=False, **kwargs)
         return dict(log.finished), errors
 
 
@@ -40,7 +44,7 @@ def test_each_scorer_puts_the_published_words(data_dir, tmp_path):
             texts.setdefault(scorer, (prompts[0], max_new_tokens))
             return super().generate_prompts(images, prompts, max_new_tokens)
 
-    for scorer in harness.SCORERS:
+    for scorer in SCORERS:
         run(data_dir, tmp_path / scorer, Spy(), scorer=scorer, max_new_tokens=7)
     question = "What about direct_attributes number 0?"
     assert texts["released"] == (
@@ -71,12 +75,12 @@ def test_losses_decide_and_ties_and_nan_are_wrong(data_dir, tmp_path):
     )
     found, errors = run(data_dir, tmp_path / "w", vlm, batch_size=3)
     assert errors == [] and len(found) == 10
-    outcome = {name: (p.choice, p.correct, p.reason) for name, p in found.items()}
-    assert outcome["direct_attributes/q0"] == (0, True, None)
-    assert outcome["direct_attributes/q1"] == (1, False, None)
-    assert outcome["direct_attributes/q2"] == (None, False, "tie")
-    assert outcome["direct_attributes/q3"] == (None, False, "not finite")
-    assert outcome["relative_position/q0"] == (None, False, "not finite")
+    outcome = {name: (p.choice, p.score, p.reason) for name, p in found.items()}
+    assert outcome["direct_attributes/q0"] == (0, 1, None)
+    assert outcome["direct_attributes/q1"] == (1, 0, None)
+    assert outcome["direct_attributes/q2"] == (None, 0, "tie")
+    assert outcome["direct_attributes/q3"] == (None, 0, "not finite")
+    assert outcome["relative_position/q0"] == (None, 0, "not finite")
     assert vlm.calls == [3, 3, 3, 1]
 
 
@@ -88,19 +92,20 @@ def test_a_letter_is_counted_as_the_option_that_was_shown_under_it(data_dir, tmp
             return next(line[0] for line in prompt.split("\n") if line.endswith("is red."))
 
     found, _ = run(data_dir, tmp_path / "right", Reader(), scorer="generate")
-    assert all(p.correct and p.choice == 0 for p in found.values())
+    assert all(p.score == 1 and p.choice == 0 for p in found.values())
     assert len({p.output for p in found.values()}) > 1  # the right letter is not always the same one
 
     found, _ = run(data_dir, tmp_path / "a", FakeVLM(), scorer="generate")  # always "A"
-    assert 0 < sum(p.correct for p in found.values()) < 10
+    assert 0 < sum(p.score for p in found.values()) < 10
     found, _ = run(data_dir, tmp_path / "wordy", FakeVLM({"What": "A or B"}), scorer="generate")
-    assert {(p.choice, p.correct, p.reason) for p in found.values()} == {(None, False, "unparsed")}
+    assert {(p.choice, p.score, p.reason) for p in found.values()} == {(None, 0, "unparsed")}
 
 
 def test_option_order_in_the_file_does_not_change_what_is_shown(data_dir, tmp_path):
     question = read_vstar(data_dir)[0][0]
     turned = dataclasses.replace(question, options=question.options[::-1])
-    assert harness.prompt(turned, "generate") == harness.prompt(question, "generate")
+    ask = SCORERS["generate"].ask
+    assert harness.prompt(turned, ask) == harness.prompt(question, ask)
 
 
 def test_a_broken_picture_is_named_and_the_run_goes_on(data_dir, tmp_path):
@@ -159,7 +164,7 @@ def test_compilations_are_noticed(data_dir, tmp_path):
     assert all(p.seconds > 0 and p.device == jax.devices()[0].device_kind for p in found.values())
 
 
-@pytest.mark.parametrize("wrong", [{"scorer": "best"}, {"batch_size": 0}, {"max_new_tokens": 0}])
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"max_new_tokens": 0}])
 def test_impossible_requests(data_dir, tmp_path, wrong):
     with pytest.raises(HarnessError, match=next(iter(wrong))):
         run(data_dir, tmp_path / "w", FakeVLM(), **wrong)
@@ -169,6 +174,6 @@ def test_a_finished_run_does_not_load_the_model(data_dir, tmp_path):
     run(data_dir, tmp_path / "w", FakeVLM())
     questions, _ = read_vstar(data_dir)
     with PredictionLog(tmp_path / "w", {}, questions) as log:
-        assert evaluate(lambda: 1 / 0, questions, log, show_progress=False) == []
+        assert evaluate(lambda: 1 / 0, questions, log, SCORERS["released"], show_progress=False) == []
     assert len((tmp_path / "w" / "predictions.jsonl").read_text().splitlines()) == 10
     json.loads((tmp_path / "w" / "predictions.jsonl").read_text().splitlines()[0])

@@ -1,4 +1,4 @@
-"""Intervals, choices and letters, on literal cases."""
+"""Intervals, choices and the order of options, on literal cases."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexattn_jax.evaluation.metrics import accuracy, choose, parse_letter, presentation_order, wilson_interval
+from flexattn_jax.evaluation.metrics import accuracy, choose, presentation_order, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -62,38 +62,6 @@ def test_ties_and_losses_that_are_not_finite_choose_nothing(losses, reason):
 
 
 OPTIONS = ["The hat is red.", "The hat is blue.", "The hat is green."]
-
-
-@pytest.mark.parametrize(
-    "text, index",
-    [
-        ("B", 1),
-        (" B\n", 1),
-        ("B.", 1),
-        ("(B)", 1),
-        ("B)", 1),
-        ("B: The hat is blue", 1),
-        ("(C) the hat is green.", 2),
-        ("The hat is red", 0),
-        ("The answer is C.", 2),
-        ("answer: A", 0),
-        ("B\nbecause of A", 1),
-        ("b", None),
-        ("answer: a", None),
-        ("D", None),
-        ("A or B", None),
-        ("A, B", None),
-        ("A. The hat is blue.", None),
-        ("Blue", None),
-        ("A hat", None),
-        ("Because it is blue", None),
-        ("", None),
-    ],
-)
-def test_letters_are_read_strictly(text, index):
-    choice = parse_letter(text, OPTIONS)
-    assert choice.index == index
-    assert (choice.reason == "unparsed") == (index is None)
 
 
 @given(st.text(max_size=12), st.permutations(range(4)))

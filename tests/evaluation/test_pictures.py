@@ -5,6 +5,7 @@ import pytest
 from evaluation.fakes import FakeVLM
 from PIL import Image
 
+from flexattn_jax.evaluation.benchmarks import BENCHMARKS
 from flexattn_jax.evaluation.harness import evaluate
 from flexattn_jax.evaluation.pictures import cell_map, draw_question, write_pictures
 from flexattn_jax.evaluation.predictions import PredictionLog
@@ -49,7 +50,7 @@ def test_the_map_agrees_with_painting_the_padded_square(size):
 def answered(data_dir, workdir, vlm):
     questions, _ = read_vstar(data_dir)
     with PredictionLog(workdir, {}, questions) as log:
-        evaluate(lambda: vlm, questions, log, show_progress=False)
+        evaluate(lambda: vlm, questions, log, BENCHMARKS["vstar"].scorers["released"], show_progress=False)
         return questions, log.finished
 
 

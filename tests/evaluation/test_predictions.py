@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from evaluation.fakes import FakeVLM
 
+from flexattn_jax.evaluation.benchmarks import BENCHMARKS
 from flexattn_jax.evaluation.harness import evaluate
 from flexattn_jax.evaluation.predictions import PREDICTIONS, PredictionLog, WorkdirError
 from flexattn_jax.inputs.datasets.vstar import read_vstar
@@ -22,7 +23,7 @@ def run(data_dir, workdir, vlm=None, settings=None, batch_size=2):
     questions, _ = read_vstar(data_dir)
     vlm = vlm or FakeVLM()
     with PredictionLog(workdir, settings or {"scorer": "released"}, questions) as log:
-        evaluate(lambda: vlm, questions, log, batch_size=batch_size, show_progress=False)
+        evaluate(lambda: vlm, questions, log, BENCHMARKS["vstar"].scorers["released"], batch_size=batch_size, show_progress=False)
         return log, vlm
 
 

@@ -18,8 +18,9 @@ from flexattn_jax.evaluation import demo
 from flexattn_jax.evaluation import run as run_module
 from flexattn_jax.evaluation.predictions import WorkdirError
 from flexattn_jax.evaluation.report import print_report
-from flexattn_jax.evaluation.run import HarnessError, checkpoint_fingerprint, run_benchmark, run_vstar
-from flexattn_jax.inputs.datasets.vstar import SPLITS, DatasetError, read_vstar
+from flexattn_jax.evaluation.run import HarnessError, checkpoint_fingerprint, run_benchmark, run_questions
+from flexattn_jax.inputs.datasets.questions import DatasetError
+from flexattn_jax.inputs.datasets.vstar import SPLITS, read_vstar
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -43,7 +44,7 @@ def evaluate(data_dir, tmp_path, monkeypatch):
         vlm = vlm or FakeVLM()
         monkeypatch.setattr(run_module, "load", lambda *args, **kwargs: loads.append((args, kwargs)) or vlm)
         config = load_config("7b").to_dict() | {"data_dir": str(data_dir), "checkpoint": str(checkpoint)}
-        results = run_vstar(config | settings, tmp_path / workdir, show_progress=False)
+        results = run_questions("vstar", config | settings, tmp_path / workdir, show_progress=False)
         evaluate.loads = loads
         return results
 
@@ -238,7 +239,7 @@ def test_the_demo_runs_on_the_real_model(tmp_path, monkeypatch, capsys):
     """Random weights written, loaded, and asked about a real photograph of each split."""
     monkeypatch.chdir(tmp_path)
     settings = load_config("demo").to_dict() | {"limit": 1, "pictures": 1}
-    results = run_vstar(settings, "w", show_progress=False)
+    results = run_questions("vstar", settings, "w", show_progress=False)
     assert results["overall"]["n"] == 2 and results["errors"] == [] and results["unresolved"] == []
     assert results["note"] == demo.NOTE and demo.NOTE in capsys.readouterr().out
     selection = results["selection"]
@@ -265,6 +266,6 @@ def test_the_demo_checkpoint_is_not_written_over_anything(tmp_path, capsys):
 def test_the_other_scorers_run_on_the_real_model(tmp_path, monkeypatch, scorer):
     monkeypatch.chdir(tmp_path)
     settings = load_config("demo").to_dict() | {"limit": 2, "scorer": scorer, "max_new_tokens": 3}
-    results = run_vstar(settings, "w", show_progress=False)
+    results = run_questions("vstar", settings, "w", show_progress=False)
     assert results["overall"]["n"] == 4 and results["errors"] == []
     assert results["selection"]["questions"] == 4

@@ -6,7 +6,8 @@ import os
 import pytest
 from PIL import Image
 
-from flexattn_jax.inputs.datasets.vstar import SPLITS, DatasetError, read_vstar
+from flexattn_jax.inputs.datasets.questions import DatasetError
+from flexattn_jax.inputs.datasets.vstar import SPLITS, read_vstar
 
 FIELDS = {
     "question": "What is the color of the hat?",

@@ -1,0 +1,13 @@
+"""MM-Vet: open questions; the answers are written for its judge model.
+
+python eval.py --config=configs/mmvet.py --config.data_dir=DIR --config.checkpoint=DIR --workdir=DIR
+"""
+
+from ml_collections import config_dict
+
+from flexattn_jax.evaluation.settings import benchmark_config
+
+
+def get_config(variant: str = "") -> config_dict.ConfigDict:
+    """The settings of `eval.py`; `variant` is what follows the colon in --config."""
+    return benchmark_config("mmvet", variant)

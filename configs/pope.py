@@ -1,0 +1,13 @@
+"""POPE: is there a such-and-such in the picture?
+
+python eval.py --config=configs/pope.py --config.data_dir=DIR --config.checkpoint=DIR --workdir=DIR
+"""
+
+from ml_collections import config_dict
+
+from flexattn_jax.evaluation.settings import benchmark_config
+
+
+def get_config(variant: str = "") -> config_dict.ConfigDict:
+    """The settings of `eval.py`; `variant` is what follows the colon in --config."""
+    return benchmark_config("pope", variant)

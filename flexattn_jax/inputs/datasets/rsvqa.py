@@ -1,0 +1,64 @@
+"""RSVQA-HR, test set 2 (Philadelphia; arXiv 2003.07333), known as HRBEN: questions about aerial photographs.
+
+    data_dir/USGS_split_test_phili_questions.json   {"questions": [{id, img_id, type, question, answers_ids, active}]}
+    data_dir/USGS_split_test_phili_answers.json     {"answers": [{id, question_id, answer, active}]}
+    data_dir/USGS_split_test_phili_images.json      {"images": [{id, active}]}
+    data_dir/Data/IMG_ID.tif
+
+Kept are active questions of the types "presence" and "comp", as GeoChat evaluates (arXiv 2311.15826; docs/Evaluation.md
+of mbzuai-oryx/GeoChat). An answer is found by the question's `answers_ids`, as the authors' loader does (syvlo/RSVQA,
+VQA_model/VQALoader.py): an answer's own `id` is not its question's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flexattn_jax.inputs.datasets import questions as q
+
+SOURCE = q.Source(
+    name="RSVQA-HR",
+    home="https://zenodo.org/records/6344367",
+    layout="USGS_split_test_phili_questions.json, _answers.json and _images.json and, from Images.tar, Data/*.tif",
+)
+TYPES = ("presence", "comp")
+
+_FILE = "USGS_split_test_phili_{}.json"
+
+
+def read_rsvqa(data_dir: str | Path) -> q.Reading:
+    """The questions, and what could not be read.
+
+    Raises:
+        DatasetError: a file is missing or cannot be read.
+    """
+    root = SOURCE.root(data_dir)
+    where, *others = [SOURCE.find(root, _FILE.format(name)) for name in ("questions", "answers", "images")]
+    pictures = SOURCE.find(root, "Data")
+    answers, images = [
+        {entry["id"]: entry for entry in SOURCE.entries(path, name) if _active(entry)}
+        for path, name in zip(others, ("answers", "images"), strict=True)
+    ]
+
+    def make(entry: dict) -> q.Question:
+        image = q.whole_number(entry, "img_id")
+        if image not in images:
+            raise q.EntryError(f"picture {image} is not among the active ones of {_FILE.format('images')}")
+        ids = q.field(entry, "answers_ids")
+        answer = answers.get(ids[0]) if isinstance(ids, list) and ids and isinstance(ids[0], int) else None
+        if answer is None or answer.get("question_id") != q.whole_number(entry, "id"):
+            raise q.EntryError(f"{_FILE.format('answers')} has no active answer to it")
+        return q.Question(
+            id=q.number_or_text(entry, "id"),
+            split=entry["type"],
+            image=pictures / f"{image}.tif",
+            question=q.text(entry, "question"),
+            answers=(q.text(answer, "answer"),),
+        )
+
+    wanted = [e for e in SOURCE.entries(where, "questions") if _active(e) and e.get("type") in TYPES]
+    return SOURCE.collect(where, q.numbered(wanted, make))
+
+
+def _active(entry: object) -> bool:
+    return isinstance(entry, dict) and entry.get("active") is True and isinstance(entry.get("id"), int)
