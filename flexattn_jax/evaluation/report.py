@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -108,6 +110,13 @@ def _timing(predictions: Sequence[Prediction]) -> dict[str, Any]:
         "seconds_in_batches_that_compiled": float(sum(compiled)),
         "questions_in_batches_that_compiled": len(compiled),
     }
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes JSON; the file appears whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
+    partial.replace(path)
 
 
 def print_report(results: dict[str, Any], console: Console | None = None) -> None:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from flexattn_jax.evaluation.benchmarks import BENCHMARKS
 from flexattn_jax.evaluation.harness import HarnessError
 from flexattn_jax.evaluation.pictures import write_pictures
 from flexattn_jax.evaluation.predictions import PREDICTIONS, PredictionLog, WorkdirError
-from flexattn_jax.evaluation.report import build_results, print_report
+from flexattn_jax.evaluation.report import build_results, print_report, write_json
 from flexattn_jax.inputs.batching import BatchError
 from flexattn_jax.inputs.datasets.questions import DatasetError, Question
 from flexattn_jax.inputs.images import ImageError
@@ -135,10 +134,10 @@ def run_questions(
         if variant in benchmark.exports:
             export = benchmark.exports[variant]
             by_name = {prediction.id: prediction for prediction in answered}
-            _write_json(log.workdir / export.file_name, export.content(Path(settings["data_dir"]), variant, by_name))
+            write_json(log.workdir / export.file_name, export.content(Path(settings["data_dir"]), variant, by_name))
             results["judge"] = export.judge
             written.append(export.file_name)
-        _write_json(log.workdir / RESULTS, results)
+        write_json(log.workdir / RESULTS, results)
         paths = write_pictures(asked, log.finished, log.workdir / PICTURES, pictures)
     print_report(results)
     pictured = f" and {len(paths)} pictures in {log.workdir / PICTURES}" if paths else ""
@@ -192,12 +191,6 @@ def _first_of_each_split(questions: Sequence[Question], limit: int) -> list[Ques
         if counts[question.split] <= limit:
             chosen.append(question)
     return chosen
-
-
-def _write_json(path: Path, values: Any) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
-    partial.replace(path)
 
 
 # A runner with imports of its own makes them when it is called, so that no benchmark waits for another's.

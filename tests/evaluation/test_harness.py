@@ -14,7 +14,6 @@ from flexattn_jax.evaluation.predictions import PredictionLog
 from flexattn_jax.inputs.batching import BatchError
 from flexattn_jax.inputs.datasets.vstar import read_vstar
 
-
 SCORERS = BENCHMARKS["vstar"].scorers
 
 

@@ -23,7 +23,8 @@ def run(data_dir, workdir, vlm=None, settings=None, batch_size=2):
     questions, _ = read_vstar(data_dir)
     vlm = vlm or FakeVLM()
     with PredictionLog(workdir, settings or {"scorer": "released"}, questions) as log:
-        evaluate(lambda: vlm, questions, log, BENCHMARKS["vstar"].scorers["released"], batch_size=batch_size, show_progress=False)
+        scorer = BENCHMARKS["vstar"].scorers["released"]
+        evaluate(lambda: vlm, questions, log, scorer, batch_size=batch_size, show_progress=False)
         return log, vlm
 
 
