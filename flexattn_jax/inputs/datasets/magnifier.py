@@ -17,7 +17,7 @@ from flexattn_jax.inputs.datasets.tables import EncodedPicture
 
 SOURCE = q.Source(
     name="MagnifierBench",
-    home="https://huggingface.co/datasets/Otter-AI/MagnifierBench",
+    home="https://github.com/UMass-Foundation-Model/FlexAttention (README; also https://huggingface.co/datasets/Otter-AI)",
     layout="images.json and data_instructions.json",
 )
 
