@@ -9,6 +9,7 @@ L layers, D model width, H heads, J key/value heads, d head width, V vocabulary,
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -69,6 +70,43 @@ class VisionConfig:
     def grid(self) -> int:
         """Side of the native patch grid."""
         return self.image_size // self.patch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvVisionConfig:
+    """A small convolutional tower that reads a whole picture of any size: the `mini` preset's."""
+
+    stem_widths: tuple[int, ...] = (48, 96, 128)  # channels after each downscaling convolution
+    stem_strides: tuple[int, ...] = (4, 2, 2)
+    mlp_dim: int = 256
+    num_layers: int = 2  # residual blocks after the stem
+    position_dims: int = 16  # channels that say where in the picture a token is; a multiple of 4
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        _require(
+            len(self.stem_widths) == len(self.stem_strides) > 0 and min(self.stem_widths) > 0,
+            f"vision.stem_widths {self.stem_widths} and vision.stem_strides {self.stem_strides} must be as many "
+            "numbers, at least one, above 0",
+        )
+        _require(
+            all(stride % 2 == 0 and stride > 0 for stride in self.stem_strides),
+            f"vision.stem_strides {self.stem_strides} must be even: windows are twice as wide and centred",
+        )
+        _require(
+            self.position_dims % 4 == 0 and self.position_dims >= 0,
+            f"vision.position_dims {self.position_dims} is no multiple of 4 (sine and cosine of x and y)",
+        )
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels a token's side."""
+        return math.prod(self.stem_strides)
+
+    @property
+    def width(self) -> int:
+        """Dv: what was seen, and where."""
+        return self.stem_widths[-1] + self.position_dims
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +189,7 @@ class FlexAttentionConfig:
 class VLMConfig:
     """A whole vision-language model: tower, connector (two linear layers, exact GELU), decoder, high resolution."""
 
-    vision: VisionConfig = VisionConfig()
+    vision: VisionConfig | ConvVisionConfig = VisionConfig()
     decoder: DecoderConfig = DecoderConfig()
     flexattention: FlexAttentionConfig | None = None  # None: LLaVA-1.5, which has no projections to read with
     lowres_size: int = 336  # S of the picture whose tokens sit in the sequence
@@ -171,9 +209,11 @@ class VLMConfig:
         _one_of("remat", self.remat, ("none", "full", "dots"))
         patch = self.vision.patch_size
         _require(
-            self.lowres_size % patch == 0 and self.lowres_size <= self.vision.image_size,
-            f"lowres_size {self.lowres_size} must be a multiple of the patch size {patch} and at most the tower's "
-            f"native {self.vision.image_size}: its position table has no more rows",
+            self.lowres_size % patch == 0, f"lowres_size {self.lowres_size} is no multiple of the patch size {patch}"
+        )
+        _require(
+            isinstance(self.vision, ConvVisionConfig) or self.lowres_size <= self.vision.image_size,
+            f"lowres_size {self.lowres_size} is above the tower's native size, for which its position table is made",
         )
         if self.flexattention is None or not self.flexattention.enabled:
             return
@@ -272,13 +312,16 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
     kind = next(o for o in options if o is not type(None))
     if dataclasses.is_dataclass(kind):
         _require(isinstance(value, dict), f"{path} must be a table of settings, not {value!r}")
-        return from_dict(value, kind, path + ".")
+        # Of several kinds of tower, the one that has all these settings.
+        tables = [o for o in options if dataclasses.is_dataclass(o)]
+        known = (t for t in tables if set(value) <= {field.name for field in dataclasses.fields(t)})
+        return from_dict(value, next(known, kind), path + ".")
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
-        allowed = int if item is int else (int, float)
+        allowed, what = {int: (int, "whole numbers"), float: ((int, float), "numbers"), str: (str, "names")}[item]
         _require(
             isinstance(value, (list, tuple)) and all(isinstance(v, allowed) for v in value),
-            f"{path} must be a list of {'whole ' * (item is int)}numbers, not {value!r}",
+            f"{path} must be a list of {what}, not {value!r}",
         )
         return tuple(item(v) for v in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -291,7 +334,11 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
 
 
 def preset(name: str) -> VLMConfig:
-    """A named configuration: "tiny" (tests), "7b" and "13b" (LLaVA-1.5 with FlexAttention as released)."""
+    """A named configuration.
+
+    "tiny" is for tests, "mini" learns visual search on two CPU cores (docs/mini.md), "7b" and "13b" are LLaVA-1.5 with
+    FlexAttention as released.
+    """
     _require(name in _PRESETS, f"unknown preset {name!r}; known: {', '.join(_PRESETS)}")
     return _PRESETS[name]
 
@@ -305,6 +352,18 @@ _PRESETS = {
         flexattention=FlexAttentionConfig(zoom_ratio=3, first_layer=1, cell_grid=3),
         lowres_size=56,
         image_size=168,
+    ),
+    "mini": VLMConfig(
+        vision=ConvVisionConfig(),
+        decoder=DecoderConfig(
+            vocab_size=128, width=128, mlp_dim=352, num_layers=5, num_heads=4, num_kv_heads=4, head_dim=32
+        ),
+        flexattention=FlexAttentionConfig(
+            zoom_ratio=3, first_layer=1, selection="top_k", cell_grid=8, capacity=8, warmup=2.0
+        ),
+        lowres_size=128,
+        image_size=384,
+        scan_layers=False,
     ),
     "7b": VLMConfig(flexattention=FlexAttentionConfig(), image_size=1008),
     "13b": VLMConfig(

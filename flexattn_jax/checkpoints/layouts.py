@@ -19,7 +19,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from flexattn_jax.checkpoints.errors import CheckpointError
-from flexattn_jax.config import VLMConfig
+from flexattn_jax.config import ConvVisionConfig, VisionConfig, VLMConfig
 
 # Tensors of a vision tower in a folder of its own go by this prefix; a slash is in no published name.
 TOWER_FOLDER = "vision_tower"
@@ -222,12 +222,7 @@ def has_tower(family: str, sources: Iterable[str]) -> bool:
 def tensor_shapes(config: VLMConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor that the model reads, one entry a layer, by our name."""
     vision, decoder = config.vision, config.decoder
-    shapes: dict[str, tuple[int, ...]] = {
-        "vision/patch_embedding/kernel": (vision.width, 3 * vision.patch_size**2),
-        "vision/class_embedding": (vision.width,),
-        "vision/position_embedding": (vision.grid**2 + 1, vision.width),
-        "vision/pre_norm/scale": (vision.width,),
-        "vision/pre_norm/bias": (vision.width,),
+    shapes = (_conv_tower if isinstance(vision, ConvVisionConfig) else _clip_tower)(vision) | {
         "connector/fc1/kernel": (decoder.width, vision.width),
         "connector/fc1/bias": (decoder.width,),
         "connector/fc2/kernel": (decoder.width, decoder.width),
@@ -237,8 +232,6 @@ def tensor_shapes(config: VLMConfig) -> dict[str, tuple[int, ...]]:
     }
     if not decoder.tie_embeddings:
         shapes["decoder/lm_head/kernel"] = (decoder.vocab_size, decoder.width)
-    for i in range(vision.num_blocks):
-        shapes |= {f"vision/layers/{i}/{name}": shape for name, shape in _vision_block(config).items()}
     for i in range(decoder.num_layers):
         shapes |= {f"decoder/layers/{i}/{name}": shape for name, shape in _decoder_layer(config).items()}
         if i >= config.num_plain_layers:
@@ -247,15 +240,41 @@ def tensor_shapes(config: VLMConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _vision_block(config: VLMConfig) -> dict[str, tuple[int, ...]]:
-    width, hidden = config.vision.width, config.vision.mlp_dim
-    shapes: dict[str, tuple[int, ...]] = {}
+def _clip_tower(vision: VisionConfig) -> dict[str, tuple[int, ...]]:
+    width, hidden = vision.width, vision.mlp_dim
+    block: dict[str, tuple[int, ...]] = {}
     for name in ("norm1", "norm2"):
-        shapes |= {f"{name}/scale": (width,), f"{name}/bias": (width,)}
+        block |= {f"{name}/scale": (width,), f"{name}/bias": (width,)}
     for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-        shapes |= {f"self_attn/{name}/kernel": (width, width), f"self_attn/{name}/bias": (width,)}
-    shapes |= {"mlp/fc1/kernel": (hidden, width), "mlp/fc1/bias": (hidden,)}
-    return shapes | {"mlp/fc2/kernel": (width, hidden), "mlp/fc2/bias": (width,)}
+        block |= {f"self_attn/{name}/kernel": (width, width), f"self_attn/{name}/bias": (width,)}
+    block |= {"mlp/fc1/kernel": (hidden, width), "mlp/fc1/bias": (hidden,)}
+    block |= {"mlp/fc2/kernel": (width, hidden), "mlp/fc2/bias": (width,)}
+    return {
+        "vision/patch_embedding/kernel": (width, 3 * vision.patch_size**2),
+        "vision/class_embedding": (width,),
+        "vision/position_embedding": (vision.grid**2 + 1, width),
+        "vision/pre_norm/scale": (width,),
+        "vision/pre_norm/bias": (width,),
+    } | {f"vision/layers/{i}/{name}": shape for i in range(vision.num_blocks) for name, shape in block.items()}
+
+
+def _conv_tower(vision: ConvVisionConfig) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    channels = 3
+    for i, (width, stride) in enumerate(zip(vision.stem_widths, vision.stem_strides, strict=True)):
+        shapes |= {
+            f"vision/stem_{i}/kernel": (2 * stride, 2 * stride, channels, width),
+            f"vision/stem_{i}/bias": (width,),
+        }
+        shapes |= {f"vision/stem_norm_{i}/scale": (width,), f"vision/stem_norm_{i}/bias": (width,)}
+        channels = width
+    shapes |= {"vision/post_norm/scale": (channels,), "vision/post_norm/bias": (channels,)}
+    for i in range(vision.num_layers):
+        block = f"vision/layers/{i}"
+        shapes |= {f"{block}/norm/scale": (channels,), f"{block}/norm/bias": (channels,)}
+        shapes |= {f"{block}/conv/kernel": (3, 3, channels, vision.mlp_dim), f"{block}/conv/bias": (vision.mlp_dim,)}
+        shapes |= {f"{block}/fc/kernel": (channels, vision.mlp_dim), f"{block}/fc/bias": (channels,)}
+    return shapes
 
 
 def _key_value_shape(config: VLMConfig) -> tuple[int, int]:

@@ -90,6 +90,7 @@ def flex_attention(
     layer: jax.Array,
     positions: jax.Array,
     alpha: jax.Array | None,
+    key: jax.Array | None = None,
 ) -> tuple[jax.Array, Selection, jax.Array]:
     """One layer: the rows read the cells that the layer below selected, and their maps select for the layer above.
 
@@ -102,6 +103,7 @@ def flex_attention(
       layer: index in the whole decoder, for selector "random".
       positions: (B, T) int32, sequence positions of the T rows, for selector "random".
       alpha: share of high resolution in the readers' outputs while training warms up; None: all of it.
+      key: of selector "random" in this step of training; None: that of config.seed.
 
     Returns:
       Attention output (B, T, H, d), the new selection, and the map (B, Q, N) float32 that made it.
@@ -122,7 +124,8 @@ def flex_attention(
         take_rows(query, rows.selectors), keys, take_rows(map_lse, rows.selectors), picture.start, picture.content
     )
     candidate = (picture.start >= 0)[:, None] & (rows.selectors < query.shape[1])
-    selection = select(config, attention, picture.content, candidate, layer, take_rows(positions, rows.selectors))
+    places = take_rows(positions, rows.selectors)
+    selection = select(config, attention, picture.content, candidate, layer, places, key)
     return out, selection, attention
 
 
@@ -152,6 +155,7 @@ def select(
     candidate: jax.Array,
     layer: jax.Array,
     positions: jax.Array,
+    key: jax.Array | None = None,
 ) -> Selection:
     """Cells that each selector row keeps.
 
@@ -161,6 +165,7 @@ def select(
       candidate: (B, Q) bool, rows that may select at all.
       layer: (); positions: (B, Q): together with config.seed the source of selector "random", so that a sample's cells
         do not depend on the batch that it came in.
+      key: in training, in place of config.seed: every step and sample then draws other cells.
 
     Returns:
       At most K cells a row, see FlexAttentionConfig.
@@ -176,7 +181,9 @@ def select(
         wanted = scores > config.threshold if config.selection == "threshold" else scores >= 0
         return keep_cells(scores, everywhere & wanted, config.row_capacity)
     if config.selector == "random":
-        scores = random_scores(config.seed, layer, positions, cells)
+        batch = positions.shape[0]
+        keys = jnp.broadcast_to(jax.random.key(config.seed), (batch,)) if key is None else jax.random.split(key, batch)
+        scores = random_scores(keys, layer, positions, cells)
     else:  # "center": the nearer to the middle, the stronger
         offset = jnp.arange(config.cell_grid) - (config.cell_grid - 1) / 2
         scores = jnp.broadcast_to(255.0 / (1 + offset[:, None] ** 2 + offset**2).ravel(), everywhere.shape)
@@ -184,11 +191,14 @@ def select(
     return keep_cells(scores, everywhere, share if config.selection == "threshold" else config.row_capacity)
 
 
-def random_scores(seed: int, layer: jax.Array, positions: jax.Array, cells: int) -> jax.Array:
-    """(B, Q, C) float32 in 0..255, a function of (seed, layer, position) alone."""
-    key = jax.random.fold_in(jax.random.key(seed), layer)
-    draw = lambda position: jax.random.uniform(jax.random.fold_in(key, position), (cells,), maxval=255.0)  # noqa: E731
-    return jax.vmap(jax.vmap(draw))(positions)
+def random_scores(keys: jax.Array, layer: jax.Array, positions: jax.Array, cells: int) -> jax.Array:
+    """(B, Q, C) float32 in 0..255, a function of (key of the sample, layer, position) alone."""
+
+    def draw(key: jax.Array, position: jax.Array) -> jax.Array:
+        return jax.random.uniform(jax.random.fold_in(key, position), (cells,), maxval=255.0)
+
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, layer))(keys)
+    return jax.vmap(jax.vmap(draw, in_axes=(None, 0)))(keys, positions)
 
 
 def project_cells(

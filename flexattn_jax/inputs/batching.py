@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
+import jax
 import numpy as np
 
 from flexattn_jax.config import IMAGE_PLACEHOLDER, ConfigError, VLMConfig
@@ -30,6 +31,9 @@ class Batch:
         image_start: (B,) int32, first image slot; -1 for a sample without a picture.
         content: (B, N) bool, False on image slots that show only padding (all True without a picture).
         pixels: (B, 3, S, S) float32 normalised, zeros for a sample without a picture; None if no sample has one.
+        views: what the tower saw of the pictures (`VLM.see`), in place of pixels.
+        segments: (B, T) int32, several texts after one beginning: 0 for the beginning, which all of them read, 1,
+            2, ... for texts that read it and themselves, as if each followed it alone; None: a sample is one text.
     """
 
     token_ids: Any
@@ -37,6 +41,8 @@ class Batch:
     image_start: Any
     content: Any
     pixels: Any = None
+    views: Any = None
+    segments: Any = None
 
 
 @flax.struct.dataclass
@@ -53,17 +59,25 @@ class OptionBatch:
 
 
 class Sample(NamedTuple):
-    """One prompt.
+    """One prompt, or several that begin alike.
 
     Attributes:
         ids: prompt ids, the picture as one IMAGE_PLACEHOLDER or as N image tokens of the checkpoint's vocabulary.
         pixels: (3, S, S) float32 from `images.preprocess`, or None without a picture.
         size: (width, height) of the picture before padding; None if it fills the square.
+        views: what the tower saw of the picture, without a batch axis, in place of pixels.
+        segments: (n,) int, of each id, see Batch.segments; None: one text.
     """
 
     ids: Sequence[int]
     pixels: np.ndarray | None = None
     size: tuple[int, int] | None = None
+    views: Any = None
+    segments: np.ndarray | None = None
+
+    @property
+    def has_picture(self) -> bool:
+        return self.pixels is not None or self.views is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +189,7 @@ def make_batch(
     rows = _batch_rows(len(samples), buckets, pad_batch_to)
     slots = config.num_lowres_tokens
     with_picture = any(start >= 0 for _, start in expanded)
+    from_pixels = any(sample.pixels is not None for sample in samples)
     longest = max(len(ids) for ids, _ in expanded)
     length = slots + buckets.text_length(longest - slots) if with_picture else buckets.text_length(longest)
 
@@ -183,17 +198,40 @@ def make_batch(
         lengths=np.ones(rows, np.int32),
         image_start=np.full(rows, -1, np.int32),
         content=np.ones((rows, slots), bool),
-        pixels=np.zeros((rows, 3, config.image_size, config.image_size), np.float32) if with_picture else None,
+        pixels=np.zeros((rows, 3, config.image_size, config.image_size), np.float32) if from_pixels else None,
+        views=_stacked_views(samples, rows),
+        segments=np.zeros((rows, length), np.int32) if any(s.segments is not None for s in samples) else None,
     )
     for row, (sample, (ids, start)) in enumerate(zip(samples, expanded, strict=True)):
         batch.token_ids[row, : len(ids)] = ids
         batch.lengths[row] = len(ids)
         batch.image_start[row] = start
+        if sample.segments is not None:
+            batch.segments[row, : len(ids)] = expand_segments(sample.segments, start, slots)
+            batch.segments[row, len(ids) :] = -1  # padding, which nothing reads
         if start >= 0:
-            batch.pixels[row] = sample.pixels
+            if sample.pixels is not None:
+                batch.pixels[row] = sample.pixels
             if sample.size is not None:
                 batch.content[row] = content_mask(sample.size, config.lowres_grid)
     return batch
+
+
+def expand_segments(segments: np.ndarray, start: int, slots: int) -> np.ndarray:
+    """Makes room for the picture in segments, as `expand_image_tokens` does in ids."""
+    if start < 0:
+        return segments
+    return np.concatenate([segments[:start], np.full(slots, segments[start]), segments[start + 1 :]])
+
+
+def _stacked_views(samples: Sequence[Sample], rows: int) -> Any:
+    """The samples' views with a batch axis, zeros where there is none; None if no sample has any."""
+    known = [sample.views for sample in samples if sample.views is not None]
+    if not known:
+        return None
+    nothing = jax.tree.map(np.zeros_like, known[0])
+    views = [nothing if sample.views is None else sample.views for sample in samples]
+    return jax.tree.map(lambda *parts: np.stack(parts), *views, *[nothing] * (rows - len(views)))
 
 
 def make_options(
@@ -241,7 +279,7 @@ def _checked(sample: Sample, index: int, config: VLMConfig) -> tuple[np.ndarray,
         ids, start = expand_image_tokens(sample.ids, config)
     except BatchError as error:
         raise BatchError(f"{name}: {error}") from error
-    if (start >= 0) != (sample.pixels is not None):
+    if (start >= 0) != sample.has_picture:
         raise BatchError(
             f"{name} has a picture but no place for it in the prompt; put <image> into the prompt"
             if start < 0
@@ -253,7 +291,7 @@ def _checked(sample: Sample, index: int, config: VLMConfig) -> tuple[np.ndarray,
             f"{config.decoder.max_positions}: shorten the prompt"
         )
     expected = (3, config.image_size, config.image_size)
-    if start >= 0 and np.shape(sample.pixels) != expected:
+    if sample.pixels is not None and np.shape(sample.pixels) != expected:
         raise BatchError(f"{name} has pixels of shape {np.shape(sample.pixels)}; this model reads {expected}")
     if start >= 0 and sample.size is not None and min(sample.size) < 1:
         raise BatchError(f"{name} has a picture of size {sample.size}; width and height must be at least 1")

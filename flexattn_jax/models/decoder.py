@@ -25,11 +25,14 @@ class Step:
 
     positions: (B, T) int32, places of this call's tokens in the sequence (rotation, cache slots).
     cos, sin: (B, T, d/2) float32, filled in by the decoder.
-    mask: bool, broadcastable to (B, T, T), which of this call's tokens each of them may read, where they continue a
-      cache without being appended to it; everywhere else it is the earlier ones and itself.
+    mask: bool, broadcastable to (B, T, T), which of this call's tokens each of them may read; needed where they
+      continue a cache without being appended to it. None: the earlier ones and itself.
     past: (B,) int32, tokens already in the cache, all of which are read; None: this call starts the sequence.
     picture, rows: None where no row of this call reads high resolution.
     alpha: () float32, see flex_attention; None: 1.
+    key: random key of selector "random"; None: FlexAttentionConfig.seed.
+    given: (layers of the second segment, B, Q, C) bool, cells read in each layer in place of those selected, to
+      find out what the selection is worth; without a cache only. The first layer reads none.
     append: write this call's keys and values to the cache.
     capture: return the residual stream and the attention outputs of all layers.
     """
@@ -42,6 +45,8 @@ class Step:
     picture: Picture | None = None
     rows: Rows | None = None
     alpha: jax.Array | None = None
+    key: jax.Array | None = None
+    given: jax.Array | None = None
     append: bool = flax.struct.field(pytree_node=False, default=True)
     capture: bool = flax.struct.field(pytree_node=False, default=False)
 
@@ -80,7 +85,7 @@ class SelfAttention(nn.Module):
                 value=write_sequence(cache.value, at, value, step.past),
             )
         if step.past is None:
-            lowres, keys = attend(query, key, value, causal=True), key
+            lowres, keys = attend(query, key, value, step.mask, causal=step.mask is None), key
         else:
             keys, values = read_sequence(cache.key, at), read_sequence(cache.value, at)
             place = jnp.arange(keys.shape[1])
@@ -107,6 +112,8 @@ class SelfAttention(nn.Module):
 
             # Nothing is selected yet in the first layer; where layers are scanned, only the selection itself can tell.
             nothing_selected = isinstance(index, int) and index == 0
+            if step.given is not None:
+                selection = selection.replace(keep=step.given[index])
             layer = index + self.config.num_plain_layers
             out, selection, attention = flexattention.flex_attention(
                 flex,
@@ -120,6 +127,7 @@ class SelfAttention(nn.Module):
                 layer,
                 step.positions,
                 step.alpha,
+                step.key,
             )
             if cache is None:
                 selection = flexattention.limit_union(flex, selection)

@@ -1,14 +1,30 @@
-"""CLIP vision tower and the tiling of high-resolution pictures."""
+"""Vision towers, CLIP's and a small convolutional one, and how each of them sees a picture at two resolutions."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from flexattn_jax.config import VisionConfig
+from flexattn_jax.config import ConvVisionConfig, VisionConfig
 from flexattn_jax.models.layers import Linear, activation, layer_stack
 from flexattn_jax.ops.attention import attend
+
+
+@flax.struct.dataclass
+class Views:
+    """What a tower sees of pictures; constant while it is frozen, so that it may be kept.
+
+    lowres: (B, N, Dv).
+    highres: (B, M, Dv) in raster order; None where the model reads none.
+    """
+
+    lowres: Any
+    highres: Any = None
 
 
 def tile(pixels: jax.Array, tiles: int) -> jax.Array:
@@ -81,7 +97,7 @@ class Block(nn.Module):
         return x, None
 
 
-def layer_norm(config: VisionConfig, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
+def layer_norm(config: VisionConfig | ConvVisionConfig, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
     """LayerNorm with float32 statistics (two-pass variance, as PyTorch computes it)."""
     return nn.LayerNorm(epsilon=config.norm_eps, dtype=dtype, param_dtype=dtype, use_fast_variance=False, name=name)
 
@@ -122,3 +138,84 @@ class VisionTower(nn.Module):
         if config.num_blocks:
             x, _ = layer_stack(Block, "blocks", config.num_blocks, self.scan_layers, config=config)(x)
         return x[:, 1:]
+
+    def views(self, small: jax.Array, pixels: jax.Array | None) -> Views:
+        """Sees pictures at low resolution and, tile by tile in the same batch, at high resolution.
+
+        Args:
+          small: (B, 3, s, s), normalised.
+          pixels: (B, 3, z*s, z*s), the same larger; None: low resolution only.
+        """
+        if pixels is None:
+            return Views(self(small))
+        zoom, batch = pixels.shape[-1] // small.shape[-1], small.shape[0]
+        features = self(jnp.concatenate([small, tile(pixels, zoom)]))
+        highres = features[batch:].reshape(batch, -1, features.shape[-1])
+        return Views(features[:batch], highres[:, untile_index(zoom, small.shape[-1] // self.config.patch_size)])
+
+
+def position_features(grid: int, dims: int) -> np.ndarray:
+    """(g, g, dims) float32: sines and cosines of x and y in 0..1, the longest wave twice the picture's side."""
+    place = (np.arange(grid) + 0.5) / grid
+    angles = np.pi * place[:, None] * 2.0 ** np.arange(dims // 4)
+    waves = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+    across, down = np.broadcast_to(waves, (grid, *waves.shape)), np.broadcast_to(waves[:, None], (grid, *waves.shape))
+    return np.concatenate([across, down], axis=-1).astype(np.float32)
+
+
+class ConvBlock(nn.Module):
+    """A pre-norm residual block: a 3 x 3 convolution, GELU, linear."""
+
+    config: ConvVisionConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, index: jax.Array | int) -> tuple[jax.Array, None]:
+        """x (B, g, g, c) -> (B, g, g, c)."""
+        config = self.config
+        hidden = convolution(config.mlp_dim, 3, 1, x.dtype, "conv")(layer_norm(config, x.dtype, "norm")(x))
+        return x + Linear(x.shape[-1], True, name="fc")(activation("gelu_tanh")(hidden)), None
+
+
+def convolution(features: int, window: int, stride: int, dtype: jnp.dtype, name: str) -> nn.Conv:
+    """A convolution whose windows are centred, zeros around the picture: (B, s, s, c) -> (B, s/stride, s/stride, .)."""
+    around = (window - stride) // 2
+    init = nn.initializers.normal(0.02)
+    size, padding = (window, window), ((around, around),) * 2
+    return nn.Conv(features, size, stride, padding, kernel_init=init, dtype=dtype, param_dtype=dtype, name=name)
+
+
+class ConvTower(nn.Module):
+    """Downscaling convolutions, residual blocks, and channels that say where a token is.
+
+    Content and place have channels of their own, so that a projection can read either: keys learn to look for what is
+    there, values to tell where it is. It reads the whole picture, so that no object is cut by a tile's border.
+    """
+
+    config: ConvVisionConfig
+    dtype: jnp.dtype
+    scan_layers: bool
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """pixels (B, 3, s, s), normalised, s a multiple of the patch size -> (B, (s / patch)**2, Dv), row-major."""
+        config = self.config
+        x = pixels.astype(self.dtype).transpose(0, 2, 3, 1)
+        for i, (width, stride) in enumerate(zip(config.stem_widths, config.stem_strides, strict=True)):
+            x = convolution(width, 2 * stride, stride, self.dtype, f"stem_{i}")(x)
+            x = layer_norm(config, self.dtype, f"stem_norm_{i}")(activation("gelu_tanh")(x))
+        if config.num_layers:
+            x, _ = layer_stack(ConvBlock, "blocks", config.num_layers, self.scan_layers, config=config)(x)
+        x = layer_norm(config, self.dtype, "post_norm")(x)
+        place = jnp.asarray(position_features(x.shape[1], config.position_dims), self.dtype)
+        x = jnp.concatenate([x, jnp.broadcast_to(place, (*x.shape[:3], config.position_dims))], axis=-1)
+        return x.reshape(x.shape[0], -1, config.width)
+
+    def views(self, small: jax.Array, pixels: jax.Array | None) -> Views:
+        """Sees pictures at low resolution, small (B, 3, s, s), and at high resolution, pixels (B, 3, S, S) or None."""
+        return Views(self(small), None if pixels is None else self(pixels))
+
+
+def build_tower(config: VisionConfig | ConvVisionConfig, dtype: jnp.dtype, scan_layers: bool) -> nn.Module:
+    """The tower that a configuration describes."""
+    tower = ConvTower if isinstance(config, ConvVisionConfig) else VisionTower
+    return tower(config, dtype, scan_layers)

@@ -12,7 +12,7 @@ from flexattn_jax.highres.flexattention import Picture, Rows
 from flexattn_jax.inputs.batching import Batch
 from flexattn_jax.models.connector import Connector
 from flexattn_jax.models.decoder import Decoder, Step
-from flexattn_jax.models.vision import VisionTower, tile, untile_index
+from flexattn_jax.models.vision import Views, build_tower
 from flexattn_jax.ops.cache import SegmentCache, new_cache
 from flexattn_jax.ops.resize import downscale, resize_rope
 from flexattn_jax.ops.rope import rope_table
@@ -52,36 +52,40 @@ class VLM(nn.Module):
 
     def setup(self):
         config = self.config
-        self.vision = VisionTower(config.vision, jnp.dtype(config.dtype), config.scan_layers)
+        self.vision = build_tower(config.vision, jnp.dtype(config.dtype), config.scan_layers)
         self.connector = Connector(config.decoder.width)
         self.decoder = Decoder(config)
 
-    def encode(self, pixels: jax.Array) -> tuple[Features, dict]:
-        """Encodes pictures once at low resolution and, tile by tile in the same batch, once at high resolution.
+    def tower(self, pixels: jax.Array) -> jax.Array:
+        """The tower alone, with gradient: (B, 3, s, s), normalised -> (B, (s / patch)**2, Dv)."""
+        return self.vision(pixels)
 
-        Args:
-          pixels: (B, 3, S, S), normalised.
+    def see(self, pixels: jax.Array) -> Views:
+        """The tower's features of pictures (B, 3, S, S), normalised, at both resolutions; without gradient."""
+        small = downscale(pixels, self.config.lowres_size)
+        return jax.lax.stop_gradient(self.vision.views(small, pixels if self.config.reads_highres else None))
+
+    def connect(self, views: Views) -> tuple[Features, dict]:
+        """Brings what the tower saw to the decoder's width.
 
         Returns:
-          The features; and named intermediates `lowres_pixels`, `lowres_features` (B, N, Dv), `lowres` (B, N, D),
-          `highres` (B, M, D) in raster order. The tower gets no gradient, nor the connector through high resolution
-          (released code).
+          The features; and named intermediates `lowres_features` (B, N, Dv), `lowres` (B, N, D), `highres` (B, M, D) in
+          raster order. The connector gets no gradient through high resolution (released code).
         """
         config = self.config
-        batch = pixels.shape[0]
-        small = downscale(pixels, config.lowres_size)
+        views = jax.tree.map(lambda x: jnp.asarray(x, config.dtype), views)
+        lowres = self.connector(views.lowres)
+        named = {"lowres_features": views.lowres, "lowres": lowres}
         if not config.reads_highres:
-            features = jax.lax.stop_gradient(self.vision(small))
-            lowres = self.connector(features)
-            return Features(lowres, None), {"lowres_pixels": small, "lowres_features": features, "lowres": lowres}
-        zoom = config.flexattention.zoom_ratio
-        features = jax.lax.stop_gradient(self.vision(jnp.concatenate([small, tile(pixels, zoom)])))
-        lowres, highres = self.connector(features[:batch]), self.connector(features[batch:])
-        highres = jax.lax.stop_gradient(highres).reshape(batch, -1, config.decoder.width)
-        highres = highres[:, untile_index(zoom, config.lowres_grid)]
-        named = {"lowres_pixels": small, "lowres_features": features[:batch], "lowres": lowres, "highres": highres}
+            return Features(lowres, None), named
+        highres = jax.lax.stop_gradient(self.connector(views.highres))
         index, _ = cell_tokens(config.highres_grid, config.flexattention.cell_grid)
-        return Features(lowres, highres[:, index]), named
+        return Features(lowres, highres[:, index]), named | {"highres": highres}
+
+    def encode(self, pixels: jax.Array) -> tuple[Features, dict]:
+        """Encodes pictures (B, 3, S, S), normalised, once at low and once at high resolution: `see`, then `connect`."""
+        features, named = self.connect(self.see(pixels))
+        return features, named | {"lowres_pixels": downscale(pixels, self.config.lowres_size)}
 
     def assemble(self, batch: Batch, features: Features | None) -> tuple[jax.Array, Picture | None, dict]:
         """The sequence (B, T, D) with the pictures' low-resolution tokens in their slots, and the Picture.
@@ -93,9 +97,12 @@ class VLM(nn.Module):
         config, named = self.config, {}
         hidden = self.decoder.embed(batch.token_ids)
         if features is None:
-            if batch.pixels is None:
+            if batch.views is not None:
+                features, named = self.connect(batch.views)
+            elif batch.pixels is not None:
+                features, named = self.encode(batch.pixels)
+            else:
                 return hidden, None, named
-            features, named = self.encode(batch.pixels)
         slot = jnp.arange(hidden.shape[1]) - batch.image_start[:, None]  # (B, T)
         is_slot = (slot >= 0) & (slot < config.num_lowres_tokens) & (batch.image_start >= 0)[:, None]
         tokens = jnp.take_along_axis(
@@ -140,6 +147,8 @@ class VLM(nn.Module):
         features: Features | None = None,
         readers: jax.Array | None = None,
         alpha: jax.Array | None = None,
+        key: jax.Array | None = None,
+        given: jax.Array | None = None,
         capture: bool = False,
     ) -> tuple[jax.Array, dict]:
         """Logits of all positions, without a cache: training, and `vlm.logits`.
@@ -151,6 +160,8 @@ class VLM(nn.Module):
             sample, as in inference. In training: the rows that predict answers. Variant "paper": all rows read, and
             the first of these rows selects for all.
           alpha: () float32, weight of high resolution during training's warm-up; None: 1.
+          key: of selector "random" in this step of training; None: its seed.
+          given: (layers, B, Q, C) bool, cells to read in place of those selected, see Step.
           capture: keep maps and hidden states of every layer.
 
         Returns:
@@ -160,11 +171,17 @@ class VLM(nn.Module):
         length = hidden.shape[1]
         last = batch.lengths[:, None] - 1
         rows = self._rows(picture, last if readers is None else readers, length)
+        positions, mask = jnp.broadcast_to(jnp.arange(length), hidden.shape[:2]), None
+        if batch.segments is not None:
+            positions, mask = segment_positions(batch.segments), segment_mask(batch.segments)
         step = Step(
-            positions=jnp.broadcast_to(jnp.arange(length), hidden.shape[:2]),
+            positions=positions,
+            mask=mask,
             picture=picture,
             rows=rows,
             alpha=alpha,
+            key=key,
+            given=given,
             capture=capture,
         )
         hidden, _, layers = self.decoder(hidden, step, None)
@@ -259,3 +276,19 @@ class VLM(nn.Module):
             return Rows(readers, readers)
         every = jnp.broadcast_to(jnp.arange(length), (readers.shape[0], length))
         return Rows(every, readers[:, :1])
+
+
+def segment_positions(segments: jax.Array) -> jax.Array:
+    """Positions (B, T) int32 in which each text goes on where the common beginning ends; see Batch.segments."""
+    place = jnp.arange(segments.shape[1])
+    begins = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
+    own = place - jax.lax.cummax(jnp.where(begins, place, 0), axis=1)
+    common = (segments == 0).sum(axis=1, keepdims=True)
+    return jnp.where(segments == 0, place, common + own)
+
+
+def segment_mask(segments: jax.Array) -> jax.Array:
+    """(B, T, T) bool: which earlier positions each position reads; see Batch.segments."""
+    place = jnp.arange(segments.shape[1])
+    own = (segments[:, :, None] == segments[:, None]) | (segments[:, None] == 0)
+    return own & (place[:, None] >= place)
