@@ -15,6 +15,7 @@ def get_config(arg: str = "instruct") -> config_dict.ConfigDict:
         raise ValueError(f"configs/train_llava.py has no {arg!r}; write configs/train_llava.py:instruct or :align")
     align = arg == "align"
     config = config_dict.ConfigDict()
+    config.task = "llava"
     config.start = config_dict.ConfigDict(
         {
             # An imported checkpoint, or published safetensors such as liuhaotian/llava-v1.5-7b, which then gets

@@ -44,6 +44,11 @@ class TrainBatch:
     labels: Any
     readers: Any
 
+    @property
+    def learned(self) -> Any:
+        """() int, tokens that the loss is the mean of."""
+        return (self.labels[:, 1:] != IGNORED).sum()
+
 
 class TrainSample(NamedTuple):
     """One conversation.
@@ -68,16 +73,31 @@ class Lengths(NamedTuple):
 
 
 class SampleSource(Protocol):
-    """A data set. Its lengths are known before a picture is decoded; `source[i]` raises ImageError for a broken one."""
+    """A data set. Its lengths are known before a picture is decoded; `source[i]` raises ImageError for a broken one.
+
+    digest: a name for its content.
+    """
 
     lengths: Lengths
+    digest: str
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> TrainSample: ...
+    def __getitem__(self, index: int) -> Any:
+        """A sample: TrainSample, where `collate` is the one below."""
 
     def name(self, index: int) -> str:
         """For messages."""
+
+    def collate(self, samples: Sequence[Any], length: int, readers: int) -> Any:
+        """A batch of T = `length` and R = `readers`; None stands for a row without a sample."""
+
+
+class TextSource(SampleSource, Protocol):
+    """A data set of conversations, whose text can be had without decoding its picture."""
+
+    def text(self, index: int) -> TrainSample:
+        """The sample without its picture, where the prompt may still have a place for one."""
 
 
 class ConversationSource:
@@ -131,15 +151,23 @@ class ConversationSource:
         """Number and id of a conversation in its file."""
         return self._conversations[index].name
 
+    def text(self, index: int) -> TrainSample:
+        """See TextSource."""
+        ids, learned = tokenize_conversation(self._tokenizer, self._conversations[index].turns)
+        ids, learned = truncate(ids, learned, self._max_length, self._config.num_lowres_tokens)
+        return TrainSample(Sample(ids), learned)
+
     def __getitem__(self, index: int) -> TrainSample:
         """Raises ImageError when the picture cannot be read."""
-        conversation = self._conversations[index]
-        ids, learned = tokenize_conversation(self._tokenizer, conversation.turns)
-        ids, learned = truncate(ids, learned, self._max_length, self._config.num_lowres_tokens)
-        if conversation.picture is None:
-            return TrainSample(Sample(ids), learned)
-        image = load_image(self._pictures / conversation.picture)
-        return TrainSample(Sample(ids, *preprocess(image, self._config)), learned)
+        (sample, learned), picture = self.text(index), self._conversations[index].picture
+        if picture is None:
+            return TrainSample(sample, learned)
+        image = load_image(self._pictures / picture)
+        return TrainSample(Sample(sample.ids, *preprocess(image, self._config)), learned)
+
+    def collate(self, samples: Sequence[TrainSample | None], length: int, readers: int) -> TrainBatch:
+        """See `collate`."""
+        return collate(samples, self._config, length, readers)
 
 
 def plan_epoch(positions: np.ndarray, batch_size: int, seed: int, epoch: int, window: int) -> np.ndarray:
@@ -202,12 +230,14 @@ class MadeBatch(NamedTuple):
     """A batch and what became of its samples.
 
     data: this process's rows.
+    shape: (T, R).
     rows: (B,) int32, samples of all processes, EMPTY where there is none.
     tokens: real positions of all processes' rows.
     skipped: samples whose picture turned out to be broken; their rows are empty.
     """
 
-    data: TrainBatch
+    data: Any
+    shape: tuple[int, int]
     rows: np.ndarray
     tokens: int
     skipped: tuple[Skipped, ...]
@@ -262,19 +292,19 @@ class BatchSource:
         share = self._plan.batch_size // self._plan.processes
         local = rows[self._plan.process * share :][:share]
         made = list(self._threads.map(self._make, local))
-        data = collate([sample for sample, _ in made], self._config, length, readers)
+        data = self._source.collate([sample for sample, _ in made], length, readers)
         skipped = tuple(fault for _, fault in made if fault is not None)
         tokens = int(self._positions[rows[rows != EMPTY]].sum())
-        return MadeBatch(data, np.where(rows == EMPTY, EMPTY, self._indices[rows]), tokens, skipped)
+        return MadeBatch(data, (length, readers), np.where(rows == EMPTY, EMPTY, self._indices[rows]), tokens, skipped)
 
-    def _make(self, row: int) -> tuple[TrainSample, Skipped | None]:
+    def _make(self, row: int) -> tuple[Any, Skipped | None]:
         if row == EMPTY:
-            return _NOTHING, None
+            return None, None
         index = int(self._indices[row])
         try:
             return self._source[index], None
         except (ImageError, ConversationError) as error:
-            return _NOTHING, Skipped(self._source.name(index), str(error))
+            return None, Skipped(self._source.name(index), str(error))
 
     def _rows(self, number: int) -> np.ndarray:
         epoch, place = divmod(number, self.per_epoch)
@@ -301,13 +331,14 @@ class BatchSource:
 _NOTHING = TrainSample(Sample(np.zeros(1, np.int32)), np.zeros(1, bool))  # a row of length 1 without a label
 
 
-def collate(samples: Sequence[TrainSample], config: VLMConfig, length: int, readers: int) -> TrainBatch:
+def collate(samples: Sequence[TrainSample | None], config: VLMConfig, length: int, readers: int) -> TrainBatch:
     """Pads samples to T = `length` and R = `readers`; pixels are there even if no sample has a picture.
 
     Raises BatchError for samples that do not fit.
     """
     slots = config.num_lowres_tokens
-    pictured = any(s.sample.pixels is not None for s in samples)
+    samples = [_NOTHING if sample is None else sample for sample in samples]
+    pictured = any(s.sample.has_picture for s in samples)
     buckets = Buckets(text_lengths=(length - slots if pictured else length,))
     batch = make_batch([s.sample for s in samples], config, buckets, pad_batch_to=len(samples))
     if not pictured:

@@ -119,23 +119,23 @@ def train(run: Run, state: TrainState, batches: Any, stop: StopRequest) -> tuple
         made: MadeBatch = next(batches)
         for sample, reason in made.skipped:
             run.log.skipped(sample, reason)
-        shape = made.data.labels.shape[1], made.data.readers.shape[1]
         began = time.perf_counter()
         state, metrics = run.step(state, jax.device_put(made.data))
-        if shape in seen:
+        if made.shape in seen:
             clock.add(made.tokens)
         else:
-            seen.add(shape)
+            seen.add(made.shape)
             jax.block_until_ready(metrics)
             seconds = time.perf_counter() - began
             clock.pause(seconds)
-            run.say(f"first batch of length {shape[0]}, {shape[1]} reading rows: {seconds:.1f} s, compiling included")
+            length, rows = made.shape
+            run.say(f"first batch of length {length}, {rows} reading rows: {seconds:.1f} s, compiling included")
         if previous is not None:  # one step late, so that the device is never waited for
             _check_finite(previous, number, run)
         previous, done = metrics, number + 1
         last = done == run.total_steps
         if last or done % config.log_every == 0:
-            _report(run, done, metrics, clock, shape)
+            _report(run, done, metrics, clock, made.shape)
         if last:
             _check_finite(metrics, done, run)
         began, loss = time.perf_counter(), None

@@ -70,6 +70,7 @@ def next_token_loss(
     labels: jax.Array,
     readers: jax.Array,
     alpha: jax.Array | None = None,
+    key: jax.Array | None = None,
     capture: bool = False,
 ) -> tuple[jax.Array, tuple[jax.Array, dict]]:
     """Mean cross-entropy over all answer tokens of the batch.
@@ -79,11 +80,12 @@ def next_token_loss(
       labels: (B, T) int32, IGNORED where no loss is taken.
       readers: (B, R) int32, see `answer_rows`.
       alpha: () float32, min(1, epoch * warmup); None: 1.
+      key: of selector "random" in this step; None: its seed.
 
     Returns:
       The loss (), and the logits (B, T, V) with the model's named intermediates.
     """
-    logits, named = model.apply({"params": params}, batch, None, readers, alpha, capture)
+    logits, named = model.apply({"params": params}, batch, None, readers, alpha, key, capture=capture)
     targets = labels[:, 1:]
     counted = targets != IGNORED
     losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], jnp.where(counted, targets, 0))

@@ -81,7 +81,7 @@ def split_params(params: Mapping[str, Any], trainable: str) -> tuple[dict[str, A
       trainable: OptimizerConfig.trainable.
 
     Raises:
-      ConfigError: one of its entries names no parameter, or all are in the vision tower, which gets no gradient.
+      ConfigError: one of its entries names no parameter.
     """
     prefixes = [prefix.strip().strip("/") for prefix in trainable.split(",") if prefix.strip()]
     flat = flatten(params)
@@ -90,10 +90,6 @@ def split_params(params: Mapping[str, Any], trainable: str) -> tuple[dict[str, A
             raise ConfigError(
                 f"optimizer.trainable names {prefix!r}, but no parameter's path begins so; there are "
                 f"{', '.join(sorted({'/'.join(path.split('/')[:2]) for path in flat}))}"
-            )
-        if _below(prefix, "vision"):
-            raise ConfigError(
-                f"optimizer.trainable names {prefix!r}, but the vision tower gets no gradient in training"
             )
     if not prefixes:
         raise ConfigError('optimizer.trainable is empty; name what to train, such as "connector,decoder"')

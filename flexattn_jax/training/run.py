@@ -8,7 +8,7 @@ import fcntl
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,9 @@ from flexattn_jax.training.logging import SKIPPED, RunLog
 from flexattn_jax.training.loop import LoopConfig, Run, StopRequest, TrainingFault, mean_loss, train
 from flexattn_jax.training.optimizer import OptimizerConfig, build_optimizer
 from flexattn_jax.training.pictures import draw_selection, first_with_pictures, make_selection
-from flexattn_jax.training.start import StartConfig, open_start, param_shapes
+from flexattn_jax.training.start import Start, StartConfig, open_start, param_shapes
 from flexattn_jax.training.state import TrainState, create_state
-from flexattn_jax.training.step import alpha_ramp, make_eval_step, make_train_step, vlm_loss
+from flexattn_jax.training.step import LossFn, alpha_ramp, make_eval_step, make_train_step, vlm_loss
 
 MODEL = "model"
 RUN = "run.json"
@@ -56,8 +56,38 @@ USER_ERRORS = (
     BatchError,
 )
 
-# (tokenizer, model's configuration, workdir) -> samples, conversations that are left out, a digest of the data.
-MakeSource = Callable[[Tokenizer, VLMConfig, Path], tuple[SampleSource, list[Skipped], str]]
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a run learns from.
+
+    train: samples.
+    held_out: samples to evaluate on; None: some of `train` are.
+    skipped: what is left out, and why.
+    """
+
+    train: SampleSource
+    held_out: SampleSource | None = None
+    skipped: Sequence[Skipped] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is learned from it.
+
+    loss_fn: see training/step.py.
+    extra: seed -> parameters that are trained along and left out of the model.
+    trains_tower: that and no answers: otherwise the tower gets no gradient, and evaluation draws the cells that answers
+      select.
+    """
+
+    loss_fn: LossFn
+    extra: Callable[[int], dict] = lambda seed: {}
+    trains_tower: bool = False
+
+
+# (tokenizer, what the run begins with, workdir) -> Data.
+MakeData = Callable[[Tokenizer, Start, Path], Data]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,32 +143,42 @@ def run_llava(settings: Mapping[str, Any], workdir: str | Path) -> Path:
         if not own[name]:
             raise ConversationError(f"--config.data.{name} is not given; {HOMES}")
 
-    def make_source(tokenizer: Tokenizer, config: VLMConfig, folder: Path) -> tuple:
+    def make_data(tokenizer: Tokenizer, start: Start, folder: Path) -> Data:
         conversations, skipped = read_llava(own["conversations"], own["pictures"])
         progress = functools.partial(track, description=f"tokenising {len(conversations)} conversations")
         source = ConversationSource(
             conversations,
             Path(own["pictures"]),
             tokenizer,
-            config,
+            start.config,
             own["max_length"],
             folder / "lengths.npz",
             progress,
         )
-        return source, skipped + source.skipped, source.digest
+        return Data(source, skipped=skipped + source.skipped)
 
-    return run_training(settings, workdir, make_source, {"data": own})
+    return run_training(settings, workdir, make_data, also={"data": own})
+
+
+def vlm_task(model: VLM) -> Task:
+    """Next-token loss on answers."""
+    return Task(vlm_loss(model))
 
 
 def run_training(
-    settings: Mapping[str, Any], workdir: str | Path, make_source: MakeSource, also: Mapping[str, Any] | None = None
+    settings: Mapping[str, Any],
+    workdir: str | Path,
+    make_data: MakeData,
+    make_task: Callable[[VLM], Task] = vlm_task,
+    also: Mapping[str, Any] | None = None,
 ) -> Path:
     """Trains a model, or goes on where a run in this workdir stopped, and writes workdir/model.
 
     Args:
         settings: of RunConfig by name, and `model`, nested overrides of the model's configuration (None: as it is).
         workdir: of this run alone.
-        make_source: the data.
+        make_data: what to learn from.
+        make_task: what to learn.
         also: further settings that what is learned depends on.
 
     Returns:
@@ -154,28 +194,41 @@ def run_training(
     with StopRequest() as stop, _locked(workdir):
         start = open_start(config.start, overrides, config.seed)
         tokenizer = load_tokenizer(start.tokenizer)
-        source, skipped, digest = make_source(tokenizer, start.config, workdir)
-        if not len(source):
-            raise ConversationError(f"no sample can be used; the first reason: {skipped[0].reason if skipped else '-'}")
+        data = make_data(tokenizer, start, workdir)
+        if not len(data.train):
+            reason = data.skipped[0].reason if data.skipped else "-"
+            raise ConversationError(f"no sample can be used; the first reason: {reason}")
+        digest = data.train.digest
         identity = dataclasses.asdict(config) | {"model": overrides, "also": dict(also or {}), "digest": digest}
         for name in ("loop", "export", "export_dtype"):  # nothing that is learned depends on them
             del identity[name]
         _claim(workdir, identity)
-        return _run(config, start, source, skipped, workdir, stop)
+        return _run(config, start, data, make_task(VLM(start.config)), workdir, stop)
 
 
-def _run(config: RunConfig, start: Any, source: SampleSource, skipped: list, workdir: Path, stop: StopRequest) -> Path:
+def _run(config: RunConfig, start: Start, data: Data, task: Task, workdir: Path, stop: StopRequest) -> Path:
     vlm, loop = start.config, config.loop
-    train_rows, eval_rows = split_off(len(source), config.data.eval_samples, config.seed)
+    if not task.trains_tower and any(
+        name.strip().startswith("vision") for name in config.optimizer.trainable.split(",")
+    ):
+        raise ConfigError(
+            f"optimizer.trainable is {config.optimizer.trainable!r}, but the vision tower gets no gradient here"
+        )
+    source, held_out = data.train, data.held_out
+    if held_out is None:
+        held_out = source
+        train_rows, eval_rows = split_off(len(source), config.data.eval_samples, config.seed)
+    else:
+        train_rows, eval_rows = np.arange(len(source)), np.arange(min(len(held_out), config.data.eval_samples))
     steps_per_epoch = -(-len(train_rows) // config.batch_size)
     total = max(1, round(config.epochs * steps_per_epoch))
     buckets = Buckets(text_lengths=config.data.text_lengths)
     plan = BatchPlan(config.batch_size, buckets, config.data.answer_rows, config.seed, config.data.window)
     train_source = BatchSource(source, train_rows, vlm, plan, total, loop.threads)
     part = dataclasses.replace(plan, batch_size=config.batch_size // config.accumulation)
-    eval_source = BatchSource(source, eval_rows, vlm, part, threads=loop.threads)
+    eval_source = BatchSource(held_out, eval_rows, vlm, part, threads=loop.threads)
 
-    model, optimizer = VLM(vlm), build_optimizer(config.optimizer, total)
+    optimizer = build_optimizer(config.optimizer, total)
     create = functools.partial(create_state, config=config.optimizer, optimizer=optimizer, seed=config.seed)
     checkpointer = Checkpointer(workdir, loop.keep, _say)
     log = None
@@ -183,14 +236,14 @@ def _run(config: RunConfig, start: Any, source: SampleSource, skipped: list, wor
         batches = make_iterator(train_source, loop.read_ahead)
         newest = checkpointer.latest_step
         if newest is None:
-            state = jax.jit(create, donate_argnums=0)(start.params())
+            state = jax.jit(create, donate_argnums=0)(start.params() | task.extra(config.seed))
         else:
-            like = _shapes(jax.eval_shape(create, param_shapes(vlm)))
+            like = _shapes(jax.eval_shape(create, param_shapes(vlm) | task.extra(config.seed)))
             state, place = checkpointer.restore(newest, like)
             batches.set_state(place)
             _say(f"going on from the checkpoint of step {newest} in {workdir}")
         log = RunLog(workdir, int(state.step))
-        for name, reason in skipped:
+        for name, reason in data.skipped:
             log.skipped(name, reason)
         _say(
             f"{len(train_rows)} samples to train on, {len(eval_rows)} to evaluate on, "
@@ -198,16 +251,15 @@ def _run(config: RunConfig, start: Any, source: SampleSource, skipped: list, wor
         )
         _say(f"{_count(state.trained)} of {_count(state.params)} parameters are trained")
         _say(f"{total} steps, {steps_per_epoch} an epoch")
-        loss_fn = vlm_loss(model)
         warmup = vlm.flexattention.warmup if vlm.reads_highres else 0.0
         alpha = alpha_ramp(warmup, steps_per_epoch)
-        step = make_train_step(loss_fn, optimizer, alpha, config.accumulation, config.optimizer.ema_decay)
+        step = make_train_step(task.loss_fn, optimizer, alpha, config.accumulation, config.optimizer.ema_decay)
         run = Run(
             config=loop,
             total_steps=total,
             steps_per_epoch=steps_per_epoch,
             step=step,
-            evaluate=_evaluation(model, eval_source, loop, log),
+            evaluate=_evaluation(task, vlm, eval_source, loop, log),
             flops=_flops(vlm, config, state),
             checkpointer=checkpointer,
             log=log,
@@ -226,31 +278,32 @@ def _run(config: RunConfig, start: Any, source: SampleSource, skipped: list, wor
         checkpointer.close()
 
 
-def _evaluation(model: VLM, source: BatchSource, loop: LoopConfig, log: RunLog) -> Callable:
-    eval_step, selection = make_eval_step(vlm_loss(model)), make_selection(model)
+def _evaluation(task: Task, config: VLMConfig, source: BatchSource, loop: LoopConfig, log: RunLog) -> Callable:
+    eval_step, selection = make_eval_step(task.loss_fn), make_selection(VLM(config))
 
     def evaluate(state: TrainState, step: int) -> float | None:
         if not len(source):
             return None
         loss = mean_loss(eval_step, state, make_iterator(source, loop.read_ahead), log)
-        if loop.pictures and model.config.reads_highres:
+        if loop.pictures and not task.trains_tower and config.reads_highres:
             batch = first_with_pictures(source[0].data, loop.pictures)
             if batch.labels.shape[0]:
                 cells = np.asarray(selection(state.averaged_params, batch))
                 for row, pixels in enumerate(np.asarray(batch.batch.pixels)):
-                    log.picture(step, f"cells/{row}", draw_selection(pixels, cells[:, row], model.config))
+                    log.picture(step, f"cells/{row}", draw_selection(pixels, cells[:, row], config))
         return loss
 
     return evaluate
 
 
-def _export(config: RunConfig, start: Any, state: TrainState, checkpointer: Checkpointer, workdir: Path) -> Path:
+def _export(config: RunConfig, start: Start, state: TrainState, checkpointer: Checkpointer, workdir: Path) -> Path:
     best = checkpointer.best_step
     if config.export == "best" and best is not None and best != int(state.step):
         state, _ = checkpointer.restore(best, _shapes(state))
         _say(f"the checkpoint of step {best} has the lowest evaluation loss and is taken")
     dtype = config.export_dtype
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), state.averaged_params)
+    learned = {name: part for name, part in state.averaged_params.items() if name in param_shapes(start.config)}
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), learned)
     save_model(
         workdir / MODEL, dataclasses.replace(start.config, dtype=dtype, remat="none"), params, like=start.tokenizer
     )

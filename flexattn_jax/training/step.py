@@ -1,8 +1,8 @@
 """One step of training, compiled once for each static shape of the batch; its state is donated.
 
-    loss_fn(params, batch, alpha, key) -> (mean loss, named scalars)
+    loss_fn(params, batch, alpha, key) -> (mean loss, named scalars)        key: None in evaluation
 
-is what differs between tasks; `vlm_loss` is the next-token loss on answers.
+is what differs between tasks; `vlm_loss` is the next-token loss on answers, and tower.py has another.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ import optax
 
 from flexattn_jax.models.vlm import VLM
 from flexattn_jax.training.data import TrainBatch
-from flexattn_jax.training.loss import IGNORED, next_token_loss
+from flexattn_jax.training.loss import next_token_loss
 from flexattn_jax.training.optimizer import Optimizer, join_params
 from flexattn_jax.training.state import TrainState
 
-LossFn = Callable[[dict, TrainBatch, jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+# The batch is TrainBatch, or another pytree with `learned`, the number of items that the loss is the mean of.
+LossFn = Callable[[dict, Any, jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 Metrics = dict[str, jax.Array]
 
 
 def vlm_loss(model: VLM) -> LossFn:
     """Mean cross-entropy over answer tokens, and what was selected: cells a reading row kept, cells over capacity."""
 
-    def loss_fn(params: dict, batch: TrainBatch, alpha: jax.Array, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        del key  # the model draws nothing
+    def loss_fn(params: dict, batch: TrainBatch, alpha: jax.Array, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
         # What float32 names is float32: an accelerator would otherwise round the products' inputs to bfloat16.
         with jax.default_matmul_precision("highest" if model.config.dtype == "float32" else None):
-            loss, (_, named) = next_token_loss(model, params, batch.batch, batch.labels, batch.readers, alpha)
+            loss, (_, named) = next_token_loss(model, params, batch.batch, batch.labels, batch.readers, alpha, key)
         if "cells" not in named:
             return loss, {}
         # The last layer's selection is made and read by none.
@@ -117,8 +117,8 @@ def make_eval_step(loss_fn: LossFn) -> Callable[[TrainState, TrainBatch], tuple[
     """A jitted (state, batch) -> (summed loss, answer tokens), with the moving average where there is one, alpha 1."""
 
     def step(state: TrainState, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
-        loss, _ = loss_fn(state.averaged_params, batch, jnp.float32(1), state.key)
-        tokens = _answer_tokens(batch)
+        loss, _ = loss_fn(state.averaged_params, batch, jnp.float32(1), None)
+        tokens = batch.learned.astype(jnp.float32)
         return loss * tokens, tokens
 
     return jax.jit(step)
@@ -127,7 +127,7 @@ def make_eval_step(loss_fn: LossFn) -> Callable[[TrainState, TrainBatch], tuple[
 def _accumulate(loss_fn: Callable, trained: dict, batch: TrainBatch, key: jax.Array, parts: int) -> tuple[Any, ...]:
     """Gradient and scalars of the whole batch, means over its answer tokens, and the number of these."""
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-    total = _answer_tokens(batch)
+    total = batch.learned.astype(jnp.float32)
     if parts == 1:
         (loss, named), gradient = value_and_grad(trained, batch, key)
         return gradient, named | {"loss": loss}, total
@@ -135,7 +135,7 @@ def _accumulate(loss_fn: Callable, trained: dict, batch: TrainBatch, key: jax.Ar
     def add(sums: Any, inputs: tuple[TrainBatch, jax.Array]) -> tuple[Any, None]:
         part, number = inputs
         (loss, named), gradient = value_and_grad(trained, part, jax.random.fold_in(key, number))
-        share = _answer_tokens(part) / jnp.maximum(total, 1)
+        share = part.learned / jnp.maximum(total, 1)
         return jax.tree.map(lambda s, x: s + share * x, sums, (gradient, named | {"loss": loss})), None
 
     cut = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), batch)
@@ -144,7 +144,3 @@ def _accumulate(loss_fn: Callable, trained: dict, batch: TrainBatch, key: jax.Ar
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (gradient, named | {"loss": loss}))
     (gradient, sums), _ = jax.lax.scan(add, zeros, (cut, jnp.arange(parts)))
     return gradient, sums, total
-
-
-def _answer_tokens(batch: TrainBatch) -> jax.Array:
-    return (batch.labels[:, 1:] != IGNORED).sum().astype(jnp.float32)

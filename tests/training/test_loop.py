@@ -29,7 +29,7 @@ class Batches:
         self._at(self.number)
         self.number += 1
         data = TrainBatch(None, np.zeros((2, 8), np.int32), np.zeros((2, 3), np.int32))
-        return MadeBatch(data, np.zeros(2, np.int32), 16, ())
+        return MadeBatch(data, (8, 2), np.zeros(2, np.int32), 16, ())
 
     def get_state(self):
         return {"next_index": self.number}

@@ -20,7 +20,7 @@ from flexattn_jax.checkpoints.store import load_params
 from flexattn_jax.config import ConfigError
 from flexattn_jax.inputs.conversations import ConversationError
 from flexattn_jax.training.loop import TrainingFault
-from flexattn_jax.training.run import run_llava
+from flexattn_jax.training.tasks import run_task
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 14
@@ -163,11 +163,11 @@ def test_sigterm_saves_and_a_damaged_save_costs_only_the_steps_since_the_one_bef
 def test_a_finished_run_is_not_run_again_and_other_settings_are_refused(undisturbed, settings):
     workdir = undisturbed["workdir"]
     before = read_metrics(workdir)
-    assert run_llava(settings, workdir) == workdir / "model"
+    assert run_task(settings, workdir) == workdir / "model"
     assert read_metrics(workdir) == before
     settings["optimizer"]["learning_rate"] = 1e-3
     with pytest.raises(TrainingFault, match=r"optimizer\.learning_rate was 0\.003 and is 0\.001"):
-        run_llava(settings, workdir)
+        run_task(settings, workdir)
 
 
 def test_the_best_checkpoint_can_be_exported_from_a_finished_run(undisturbed, settings, tmp_path):
@@ -176,7 +176,7 @@ def test_the_best_checkpoint_can_be_exported_from_a_finished_run(undisturbed, se
     assert set(losses) == {12, STEPS} and all(losses.values())
     record = workdir / "checksums" / "12.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"eval_loss": 1e-3}))
-    run_llava(settings | {"export": "best", "export_dtype": "bfloat16"}, workdir)
+    run_task(settings | {"export": "best", "export_dtype": "bfloat16"}, workdir)
     last, best = load_params(undisturbed["workdir"] / "model"), load_params(workdir / "model")
     name = ("decoder", "lm_head", "kernel")
     last, best = (np.asarray(functools.reduce(dict.__getitem__, name, params)) for params in (last, best))
@@ -204,4 +204,4 @@ def test_mistakes_are_one_sentence(settings, tmp_path, change, error, message):
         else:
             settings[name] = value
     with pytest.raises(error, match=re.escape(message)):
-        run_llava(settings, tmp_path)
+        run_task(settings, tmp_path)

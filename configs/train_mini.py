@@ -1,0 +1,90 @@
+"""The small model that learns visual search on two CPU cores (docs/mini.md), stage by stage.
+
+python train.py --config=configs/train_mini.py:tower    --workdir=runs/mini/tower       the tower, from nothing
+python train.py --config=configs/train_mini.py:lowres   --workdir=runs/mini/lowres      LLaVA-1.5: low resolution alone
+    --config.start.checkpoint=runs/mini/tower/model
+python train.py --config=configs/train_mini.py:flex     --workdir=runs/mini/flex        FlexAttention, from there
+    --config.start.checkpoint=runs/mini/lowres/model
+
+In place of flex: `twin` (low resolution goes on alone), `all` (every cell is read), `random` (random cells are).
+"""
+
+from ml_collections import config_dict
+
+ARMS = {
+    "lowres": {"enabled": False},
+    "twin": {"enabled": False},
+    "flex": {},
+    "all": {"selector": "all"},
+    "random": {"selector": "random"},
+}
+
+
+def get_config(arg: str = "flex") -> config_dict.ConfigDict:
+    """The settings of `train.py`; `arg` is what follows the colon in --config."""
+    if arg != "tower" and arg not in ARMS:
+        raise ValueError(f"configs/train_mini.py has no {arg!r}; write :tower or one of :{', :'.join(ARMS)}")
+    tower = arg == "tower"
+    config = config_dict.ConfigDict()
+    config.task = "search"
+    config.stage = "tower" if tower else "answers"
+    config.start = config_dict.ConfigDict(
+        {
+            "checkpoint": "",  # the stage before, WORKDIR/model
+            "vision_tower": "",
+            "preset": "mini" if tower else "",
+            "tokenizer": "",  # tower: vsearch's words
+            "redraw": "connector,decoder" if arg == "lowres" else "",
+            "read_highres": True,
+            "dtype": config_dict.placeholder(str),
+        }
+    )
+    config.data = config_dict.ConfigDict(
+        {
+            "presets": ("standard", "crowded"),
+            "pictures": 8000,
+            "seed": 0,
+            "data_dir": "",
+            "keep_views": True,
+            "text_lengths": (320,),
+            "answer_rows": (144,),
+            "eval_samples": 128,
+            "window": 1,
+        }
+    )
+    config.tower = config_dict.ConfigDict({"crops": 4, "crop_side": 64})
+    config.optimizer = config_dict.ConfigDict(
+        {
+            "trainable": "vision,probe" if tower else "connector,decoder",
+            "learning_rate": 2e-3 if tower else 1.5e-3,
+            "schedule": "cosine",
+            "warmup_share": 0.05,
+            "b1": 0.9,
+            "b2": 0.98,
+            "eps": 1e-8,
+            "weight_decay": 0.02,
+            "clip_norm": 1.0,
+            "ema_decay": config_dict.placeholder(float),
+        }
+    )
+    config.batch_size = 16
+    config.accumulation = 1
+    config.epochs = 3.0 if tower else 1.5
+    config.seed = 0
+    config.export = "last"
+    config.export_dtype = "float32"
+    config.model = config_dict.ConfigDict({"flexattention": {} if tower else dict(ARMS[arg])})
+    config.loop = config_dict.ConfigDict(
+        {
+            "log_every": 50,
+            "eval_every": 500,
+            "save_every": 500,
+            "keep": 2,
+            "max_bad_steps": 10,
+            "profile_steps": "",
+            "pictures": 4,
+            "threads": 2,
+            "read_ahead": 2,
+        }
+    )
+    return config

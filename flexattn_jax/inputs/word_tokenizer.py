@@ -1,0 +1,52 @@
+"""A tokeniser of whole words for a small model: what vsearch asks and answers is a hundred words."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from flexattn_jax.inputs.datasets.vsearch_examples import SIDES, ask_colour, ask_side
+from flexattn_jax.inputs.datasets.vsearch_scenes import CLASSES, COLOURS, PlacedObject
+from flexattn_jax.inputs.prompts import END_OF_ANSWER, LETTER_ANSWER, SHORT_ANSWER, SYSTEM, build_prompt
+
+SPECIAL = ("<unk>", "<s>", END_OF_ANSWER)  # ids 0, 1 and 2, LLaMA's
+
+
+def write_word_tokenizer(folder: str | Path) -> int:
+    """Writes tokenizer.json and tokenizer_config.json for vsearch's words.
+
+    The sentences that are always the same (the system prompt, LLaVA's demands on the form of an answer) are one token
+    each, so that a small model does not spend its time on them.
+
+    Returns:
+        the number of tokens.
+    """
+    whole = [SYSTEM, SHORT_ANSWER.strip(), LETTER_ANSWER.strip()]
+    vocabulary = {word: index for index, word in enumerate([*SPECIAL, *whole, *_words()])}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece(cleanup=True)  # no word has its prefix; it closes the gaps before full stops
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in whole])
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(tokenizer.to_str())
+    settings = {"add_bos_token": True, "bos_token": SPECIAL[1], "eos_token": SPECIAL[2], "unk_token": SPECIAL[0]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    return len(vocabulary)
+
+
+def _words() -> list[str]:
+    """Every word that a prompt, a question or an option of vsearch holds, and the letters of lettered options."""
+    places = (0, 0, 1, 1), (9, 0, 1, 1)
+    texts = [build_prompt("", with_image=False).removeprefix(SYSTEM), "A . B . C . D . E . F"]
+    for name, other in itertools.pairwise(CLASSES):
+        objects = [PlacedObject(n, next(iter(COLOURS)), box, "") for n, box in zip((name, other), places, strict=True)]
+        for asked in (ask_colour(objects, 0, list(COLOURS)), ask_side(objects, 0, 1, SIDES)):
+            texts += [asked.question, *asked.options]
+    split = pre_tokenizers.Whitespace().pre_tokenize_str
+    return sorted({word for text in texts for word, _ in split(text)})

@@ -1,0 +1,77 @@
+"""Training on vsearch: the tower first, then the model that answers; what train.py calls for configs/train_mini.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flexattn_jax.config import ConfigError, from_dict
+from flexattn_jax.inputs.datasets.vsearch import PRESETS, default_data_dir, load_vsearch
+from flexattn_jax.inputs.tokenizer import Tokenizer
+from flexattn_jax.inputs.word_tokenizer import write_word_tokenizer
+from flexattn_jax.models.vlm import VLM
+from flexattn_jax.training.run import Data, Task, run_training, vlm_task
+from flexattn_jax.training.search import SearchSource
+from flexattn_jax.training.start import Start
+from flexattn_jax.training.tower import TowerConfig, TowerSource, probe_params, tower_loss
+from flexattn_jax.training.views import joined, keep_views
+
+STAGES = ("tower", "answers")
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchData:
+    """Which pictures are learned from."""
+
+    presets: tuple[str, ...] = ("standard", "crowded")  # of vsearch
+    pictures: int = 8000  # of each, of the split `train`
+    seed: int = 0
+    data_dir: str = ""  # where they are drawn to; "": the user's data folder
+    keep_views: bool = True  # see every picture once and keep what the frozen tower saw; stage "answers"
+
+    def __post_init__(self):
+        unknown = [name for name in self.presets if name not in PRESETS]
+        if unknown or not self.presets or len(set(self.presets)) != len(self.presets):
+            raise ConfigError(f"data.presets is {self.presets}; name some of {', '.join(PRESETS)}, each once")
+
+
+def run_search(settings: Mapping[str, Any], workdir: str | Path) -> Path:
+    """Trains on vsearch; `settings` are those of configs/train_mini.py."""
+    settings = {name: dict(v) if isinstance(v, Mapping) else v for name, v in settings.items()}
+    stage = settings.pop("stage")
+    if stage not in STAGES:
+        raise ConfigError(f"stage is {stage!r}; it must be one of {', '.join(STAGES)}")
+    names = {field.name for field in dataclasses.fields(SearchData)}
+    own = from_dict({name: settings["data"].pop(name) for name in names}, SearchData, "data.")
+    tower = from_dict(settings.pop("tower"), TowerConfig, "tower.")
+    folder = Path(own.data_dir).expanduser() if own.data_dir else default_data_dir()
+    if not settings["start"]["checkpoint"] and not settings["start"]["tokenizer"]:
+        settings["start"]["tokenizer"] = str(Path(workdir) / "tokenizer")
+        write_word_tokenizer(settings["start"]["tokenizer"])
+
+    def make_data(tokenizer: Tokenizer, start: Start, _: Path) -> Data:
+        train, held_out = [], []
+        for sources, split, pictures in ((train, "train", own.pictures), (held_out, "validation", None)):
+            for name in own.presets:
+                rows = load_vsearch(folder, name, split, own.seed, pictures)
+                digest = f"{PRESETS[name].name} {split} {own.seed} {len(rows)}"
+                if stage == "tower":
+                    most = max(PRESETS[preset].num_objects[1] for preset in own.presets)
+                    sources.append(TowerSource(rows, start.config, most, digest))
+                else:
+                    sources.append(SearchSource(rows, tokenizer, start.config, digest))
+        if stage == "answers" and own.keep_views:
+            params = start.params()["vision"]
+            train = [keep_views(source, start.config, params, folder / "views") for source in train]
+        return Data(joined(train), joined(held_out))
+
+    def make_task(model: VLM) -> Task:
+        if stage == "answers":
+            return vlm_task(model)
+        return Task(tower_loss(model, tower), lambda seed: probe_params(model.config, seed), trains_tower=True)
+
+    also = {"stage": stage, "data": dataclasses.asdict(own), "tower": dataclasses.asdict(tower)}
+    del also["data"]["data_dir"]
+    return run_training(settings, workdir, make_data, make_task, also)
