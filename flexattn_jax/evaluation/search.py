@@ -1,0 +1,257 @@
+"""vsearch: asks a model all questions about every picture, and finds out what its selection is worth.
+
+A picture is encoded once, and all options of all its questions are scored in one pass behind the prefix that they
+share (Batch.segments): the losses are those of scoring each option alone. Beside the answers it counts how often the
+cells that a row reads hold the object that it is asked about, and other objects; and it asks again with other cells in
+place of the selected ones (`SWAPS`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.progress import track
+
+from flexattn_jax.api import VisionLanguageModel
+from flexattn_jax.config import IMAGE_PLACEHOLDER, VLMConfig
+from flexattn_jax.inputs.batching import Batch, Buckets, Sample, make_batch
+from flexattn_jax.inputs.conversations import Turn, tokenize_conversation
+from flexattn_jax.inputs.datasets.vsearch_examples import Example
+from flexattn_jax.inputs.images import preprocess
+from flexattn_jax.inputs.prompts import IMAGE_TAG
+from flexattn_jax.inputs.tokenizer import Tokenizer
+from flexattn_jax.models.vlm import VLM
+
+# What a row reads in place of the cells that it selected, as many of them: those that the row of another question about
+# the same picture selected, random ones, or those with objects on them (filled up at random).
+SWAPS = ("other_question", "random", "objects")
+_ROUND = 64  # T and R are rounded up to a multiple of this, so that few programs are compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What became of one question."""
+
+    id: str  # "test-000012/3"
+    form: str
+    correct: bool
+    losses: tuple[float, ...]  # of the options
+    answer: int
+    size: int  # longer side of the smallest object asked about, pixels
+    length: int  # positions of the prompt and the right answer, the picture's slots included
+    # Where the model reads high resolution, by layer that reads; of the row that decides between the options:
+    cells: tuple[int, ...] = ()  # cells read
+    hit_asked: tuple[bool, ...] = ()  # whether they hold the middle of an object asked about
+    hit_others: tuple[float, ...] = ()  # share of the other objects whose middle they hold
+    hit_others_any: float = 0.0  # share of the other objects held by the cells of some layer
+    distinct: int = 0  # cells read in all layers together by all rows of the prompt and the right answer
+
+
+@dataclasses.dataclass(frozen=True)
+class _Option:
+    question: int
+    option: int
+    first: int  # place of its first own token in the sequence, picture slots included
+    prompt: int  # how many of its tokens are the question's
+    length: int
+    decisive: int  # place of the row that predicts the first token that differs between the options
+
+
+@dataclasses.dataclass(frozen=True)
+class _Packed:
+    sample: Sample
+    options: tuple[_Option, ...]
+    learned: np.ndarray  # (T,) bool, tokens of the options
+    length: int
+
+
+def ask_all(
+    vlm: VisionLanguageModel,
+    examples: Sequence[Example],
+    swap: str | None = None,
+    seed: int = 0,
+    batch_size: int = 4,
+    show_progress: bool = True,
+) -> list[Answer]:
+    """Asks all questions about all pictures; the option with the lowest mean loss is the model's choice.
+
+    Args:
+      swap: of SWAPS; None: the model reads what it selects.
+      seed: of what a swap draws.
+      batch_size: pictures at once; changes no answer.
+
+    Raises:
+      ValueError: an unknown swap, or one for a model that reads no high resolution.
+    """
+    if swap is not None and (swap not in SWAPS or not vlm.config.reads_highres):
+        raise ValueError(f"swap is {swap!r}; it must be one of {', '.join(SWAPS)}, of a model that reads cells")
+    forward = jax.jit(functools.partial(_forward, VLM(vlm.config)))
+    packed = [pack_options(vlm.tokenizer, example, vlm.config) for example in examples]
+    length = _rounded(max(p.length for p in packed)) - vlm.config.num_lowres_tokens
+    readers = _rounded(max(int(p.learned.sum()) for p in packed))
+    rng = np.random.default_rng(seed)
+    answers: list[Answer] = []
+    starts = range(0, len(examples), batch_size)
+    for first in track(starts, f"asking about {len(examples)} pictures") if show_progress else starts:
+        group = packed[first : first + batch_size]
+        shown = examples[first : first + batch_size]
+        samples = [
+            p.sample._replace(**dict(zip(("pixels", "size"), preprocess(e.picture(), vlm.config), strict=True)))
+            for p, e in zip(group, shown, strict=True)
+        ]
+        batch = make_batch(samples, vlm.config, Buckets(text_lengths=(length,)), pad_batch_to=batch_size)
+        rows = np.full((batch_size, readers), batch.token_ids.shape[1], np.int32)
+        for line, p in zip(rows, group, strict=False):
+            reading = np.flatnonzero(p.learned) - 1
+            line[: len(reading)] = reading
+        losses, cells, views = forward(vlm.params, batch, rows, None)
+        if swap is not None:
+            given = _swapped(swap, np.asarray(cells), rows, group, shown, vlm.config, rng)
+            losses, _, _ = forward(vlm.params, batch.replace(pixels=None, views=views), rows, given)
+            cells = given[1:]  # what was read, not what was selected
+        losses, cells = np.asarray(losses), None if cells is None else np.asarray(cells)
+        for k, (p, example) in enumerate(zip(group, shown, strict=True)):
+            read = None if cells is None else (cells[:, k], rows[k])
+            answers += _judge(example, p, losses[k], read, vlm.config)
+    return answers
+
+
+def _forward(model: VLM, params: dict, batch: Batch, rows: jax.Array, given: Any) -> tuple[jax.Array, Any, Any]:
+    """Losses (B, T) of each token given those before it, the cells read (reading layers, B, R, C), the views."""
+    views = batch.views if batch.views is not None else model.apply({"params": params}, batch.pixels, method="see")
+    logits, named = model.apply({"params": params}, batch.replace(pixels=None, views=views), None, rows, given=given)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], batch.token_ids[:, 1:])
+    # A layer reads what the one below selected; the last one's selection is read by none.
+    cells = named["cells"][:-1] if "cells" in named else None
+    return jnp.pad(losses, ((0, 0), (1, 0))), cells, views
+
+
+def pack_options(tokenizer: Tokenizer, example: Example, config: VLMConfig) -> _Packed:
+    """All options of all questions about a picture behind the common beginning of their prompts."""
+    slots = config.num_lowres_tokens
+    ids, segments, learned, options = [], [], [], []
+    place = 0
+    for number, asked in enumerate(example.questions):
+        texts = []
+        for option in asked.options:
+            own, own_learned = tokenize_conversation(tokenizer, (Turn(f"{IMAGE_TAG}\n{asked.question}", option),))
+            cut = int(np.flatnonzero(own == IMAGE_PLACEHOLDER)[0]) + 1
+            if not ids:
+                ids, segments, learned = [own[:cut]], [np.zeros(cut, np.int32)], [own_learned[:cut]]
+                place = cut - 1 + slots
+            texts.append((own[cut:], own_learned[cut:]))
+        same = _common_length([text for text, _ in texts])
+        for k, (text, text_learned) in enumerate(texts):
+            ids.append(text)
+            segments.append(np.full(len(text), len(segments), np.int32))
+            learned.append(text_learned)
+            prompt = int((~text_learned).sum())
+            options.append(_Option(number, k, place, prompt, len(text), place + same - 1))
+            place += len(text)
+    flat = np.concatenate(learned)
+    beginning = len(learned[0])
+    expanded = np.concatenate([flat[: beginning - 1], np.zeros(slots, bool), flat[beginning:]])
+    sample = Sample(np.concatenate(ids), segments=np.concatenate(segments))
+    return _Packed(sample, tuple(options), expanded, place)
+
+
+def _common_length(texts: Sequence[np.ndarray]) -> int:
+    shortest = min(map(len, texts))
+    differs = np.flatnonzero([len({int(text[i]) for text in texts}) > 1 for i in range(shortest)])
+    return int(differs[0]) if differs.size else shortest
+
+
+def _judge(
+    example: Example, packed: _Packed, losses: np.ndarray, read: tuple[np.ndarray, np.ndarray] | None, config: VLMConfig
+) -> Iterator[Answer]:
+    owner = np.array([_cell_of(placed.box, config) for placed in example.objects]) if read is not None else None
+    for number, asked in enumerate(example.questions):
+        own = [option for option in packed.options if option.question == number]
+        values = tuple(float(losses[o.first + o.prompt : o.first + o.length].mean()) for o in own)
+        best = int(np.argmin(values))
+        right = own[asked.answer]
+        # A tie or a loss that is not finite is no answer.
+        chosen = best if np.isfinite(values).all() and values.count(values[best]) == 1 else -1
+        answer = Answer(
+            id=f"{example.id}/{number}",
+            form=asked.form,
+            correct=chosen == asked.answer,
+            losses=values,
+            answer=asked.answer,
+            size=min(max(example.objects[t].box[2:]) for t in asked.targets),
+            length=packed.options[0].first + right.length,
+        )
+        if read is not None:
+            cells, rows = read
+            decisive = cells[:, int(np.flatnonzero(rows == right.decisive)[0])]
+            all_rows = (rows >= right.first + right.prompt - 1) & (rows < right.first + right.length - 1)
+            others = [i for i in range(len(owner)) if i not in asked.targets]
+            answer = dataclasses.replace(
+                answer,
+                cells=tuple(int(n) for n in decisive.sum(axis=-1)),
+                hit_asked=tuple(bool(v) for v in decisive[:, owner[list(asked.targets)]].any(axis=-1)),
+                hit_others=tuple(float(v) for v in decisive[:, owner[others]].mean(axis=-1)),
+                hit_others_any=float(decisive[:, owner[others]].any(axis=0).mean()),
+                distinct=int(cells[:, all_rows].any(axis=1).sum()),
+            )
+        yield answer
+
+
+def _cell_of(box: Sequence[int], config: VLMConfig) -> int:
+    """The cell that holds the middle of a box in pixels of a picture of `config.image_size`."""
+    side = config.flexattention.cell_grid
+    x, y = ((box[i] + box[2 + i] / 2) * config.highres_grid // config.image_size for i in (0, 1))
+    return int(y * side // config.highres_grid) * side + int(x * side // config.highres_grid)
+
+
+def _swapped(
+    swap: str,
+    cells: np.ndarray,
+    rows: np.ndarray,
+    group: Sequence[_Packed],
+    shown: Sequence[Example],
+    config: VLMConfig,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Cells for every layer of the second segment and row, (layers, B, R, C) bool, as many as were selected."""
+    layers, _, _, count = cells.shape
+    given = np.zeros((layers + 1, *cells.shape[1:]), bool)
+    for k, (packed, example) in enumerate(zip(group, shown, strict=True)):
+        place = {int(row): i for i, row in enumerate(rows[k]) if row < packed.length}
+        with_object = np.zeros(count, bool)
+        with_object[[_cell_of(placed.box, config) for placed in example.objects]] = True
+        for option in packed.options:
+            partner = _partner(option, packed.options)
+            for row in range(option.first + option.prompt - 1, option.first + option.length - 1):
+                own = place[row]
+                if swap == "other_question":
+                    # The same place counted from the answer's begin, or its last one where that answer is shorter.
+                    offset = min(row - option.first - option.prompt, partner.length - partner.prompt - 2)
+                    given[1:, k, own] = cells[:, k, place[partner.first + partner.prompt + offset]]
+                    continue
+                for layer in range(layers):
+                    scores = rng.random(count) + (with_object if swap == "objects" else 0)
+                    kept = np.argsort(-scores)[: cells[layer, k, own].sum()]
+                    given[layer + 1, k, own, kept] = True
+    return given
+
+
+def _partner(option: _Option, options: Sequence[_Option]) -> _Option:
+    """The first option of the next question about the picture, of the same form where there is one."""
+    last = options[-1].question
+    firsts = {o.question: o for o in reversed(options)}
+    counts = {q: sum(o.question == q for o in options) for q in firsts}
+    order = [(option.question + 1 + i) % (last + 1) for i in range(last)]
+    alike = [q for q in order if counts[q] == counts[option.question]]
+    return firsts[(alike or order)[0]]
+
+
+def _rounded(count: int) -> int:
+    return -(-count // _ROUND) * _ROUND
