@@ -8,6 +8,8 @@ Give with either --config.start.checkpoint=DIR --config.data.conversations=FILE 
 
 from ml_collections import config_dict
 
+from flexattn_jax.overrides import TRAINING, flexattention_overrides
+
 
 def get_config(arg: str = "instruct") -> config_dict.ConfigDict:
     """The settings of `train.py`; `arg` is what follows the colon in --config."""
@@ -66,17 +68,7 @@ def get_config(arg: str = "instruct") -> config_dict.ConfigDict:
         {
             "scan_layers": config_dict.placeholder(bool),
             "remat": "dots",  # or "full" (less memory), "none"
-            "flexattention": {
-                "first_layer": config_dict.placeholder(int),
-                "variant": config_dict.placeholder(str),  # "released" or "paper"
-                "selector": config_dict.placeholder(str),  # "attention", "random", "center" or "all"
-                "selection": config_dict.placeholder(str),  # "threshold" or "top_k"
-                "threshold": config_dict.placeholder(float),
-                "ablation_share": config_dict.placeholder(float),
-                "capacity": config_dict.placeholder(int),
-                "union_capacity": config_dict.placeholder(int),
-                "warmup": config_dict.placeholder(float),  # high resolution fades in over 1 / warmup epochs
-            },
+            "flexattention": flexattention_overrides(TRAINING),
         }
     )
     config.loop = config_dict.ConfigDict(

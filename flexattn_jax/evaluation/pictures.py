@@ -19,7 +19,7 @@ _SMALL_WIDTH = 280  # of a layer's panel
 _TITLE = 26  # height below a layer's panel
 _COLUMNS = 2
 _MOST_PANELS = 6
-_MOST_LINES = 6  # of an answer
+_MOST_LINES = 6  # of a question (with OCR tokens it may have dozens) or an answer
 _MARGIN = 24
 _GAP = 14
 
@@ -78,7 +78,7 @@ def draw_question(question: Question, prediction: Prediction) -> Image.Image:
     sheet = Image.new("RGB", size, _PAPER)
     sheet.paste(main, (_MARGIN, _MARGIN))
     draw = ImageDraw.Draw(sheet)
-    _legend(draw, (_MARGIN, _MARGIN + main.height + 6), selection, len(chosen))
+    _legend(draw, (_MARGIN, _MARGIN + main.height + 6), selection, len(chosen), boxes=bool(question.bbox))
     for place, (layer, panel) in enumerate(zip(shown, panels, strict=True)):
         x = _MARGIN + main.width + _GAP + (place % _COLUMNS) * (small.width + _GAP)
         y = _MARGIN + (place // _COLUMNS) * (small.height + _TITLE)
@@ -165,12 +165,15 @@ def _boxes(panel: Image.Image, question: Question, size: tuple[int, int]) -> Ima
     return panel
 
 
-def _legend(draw: ImageDraw.ImageDraw, at: tuple[int, int], selection: CellSelection | None, layers: int) -> None:
+def _legend(
+    draw: ImageDraw.ImageDraw, at: tuple[int, int], selection: CellSelection | None, layers: int, boxes: bool
+) -> None:
     x, y = at
     font = _font(14)
-    draw.rectangle((x, y + 2, x + 16, y + 14), outline=_BOX, width=3)
-    draw.text((x + 24, y), "the answer lies here", fill=_FAINT, font=font)
-    x += 24 + round(draw.textlength("the answer lies here", font=font)) + 28
+    if boxes:
+        draw.rectangle((x, y + 2, x + 16, y + 14), outline=_BOX, width=3)
+        draw.text((x + 24, y), "the answer lies here", fill=_FAINT, font=font)
+        x += 24 + round(draw.textlength("the answer lies here", font=font)) + 28
     if selection is None:
         draw.text((x, y), "no layer read high resolution", fill=_FAINT, font=font)
         return
@@ -185,7 +188,7 @@ def _legend(draw: ImageDraw.ImageDraw, at: tuple[int, int], selection: CellSelec
 
 def _caption(question: Question, prediction: Prediction, width: int) -> Image.Image:
     lines: list[tuple[str, tuple[int, int, int], int]] = []
-    for line in _wrap(question.question, _font(22), width):
+    for line in _wrap(question.question, _font(22), width)[:_MOST_LINES]:
         lines.append((line, _INK, 22))
     for index, option in enumerate(question.options):
         loss = "" if prediction.losses is None else f"   loss {prediction.losses[index]:.4f}"

@@ -8,6 +8,7 @@ import pytest
 from evaluation.fakes import FakeVLM
 from inputs import layouts
 
+from flexattn_jax.evaluation import demo
 from flexattn_jax.evaluation import run as run_module
 from flexattn_jax.evaluation.benchmarks import BENCHMARKS
 from flexattn_jax.evaluation.harness import HarnessError
@@ -329,3 +330,18 @@ def test_a_damaged_picture_in_a_table_is_named_and_the_run_goes_on(run):
     assert all(
         f"the picture of row {row} of {path}" in e["reason"] for row, e in zip((3, 5), results["errors"], strict=True)
     )
+
+
+@pytest.mark.slow
+def test_written_answers_do_not_depend_on_the_batch(tmp_path, monkeypatch):
+    """The real model on random weights, prompts of different lengths, one at a time and three at once."""
+    monkeypatch.chdir(tmp_path)
+    demo.write_random_checkpoint(tmp_path / "checkpoint")
+    layouts.mme(tmp_path / "mme")
+    settings = load_config("mme").to_dict() | {"data_dir": "mme", "checkpoint": "checkpoint", "max_new_tokens": 5}
+    outputs = []
+    for size in (1, 3):
+        RUNNERS["mme"](settings | {"batch_size": size}, tmp_path / str(size), show_progress=False)
+        lines = (tmp_path / str(size) / "predictions.jsonl").read_text().splitlines()
+        outputs.append({p["id"]: (p["output"], p["selection"]["cells"]) for p in map(json.loads, lines)})
+    assert outputs[0] == outputs[1] and len(outputs[0]) == 8
