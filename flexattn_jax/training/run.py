@@ -33,7 +33,7 @@ from flexattn_jax.training.data import (
     make_iterator,
     split_off,
 )
-from flexattn_jax.training.flops import peak_flops, step_flops
+from flexattn_jax.models.flops import peak_flops, step_flops
 from flexattn_jax.training.logging import SKIPPED, RunLog
 from flexattn_jax.training.loop import LoopConfig, Run, StopRequest, TrainingFault, mean_loss, train
 from flexattn_jax.training.optimizer import OptimizerConfig, build_optimizer

@@ -1,0 +1,107 @@
+"""Floating-point operations, counted from shapes (a multiply-add is two), and what chips can do.
+
+Counted is what the algorithm needs: products with weights and attention, not halved for causality, and in training
+forward and backward over all static positions; not what rematerialisation computes again, nor norms and element-wise
+work. XLA's own count sees the body of a scan once, whatever its length, which is why this is counted by hand.
+"""
+
+from __future__ import annotations
+
+import jax
+
+from flexattn_jax.config import ConvVisionConfig, VLMConfig
+from flexattn_jax.ops.selection import cell_tokens
+
+# Dense bfloat16 operations a second of one JAX device, from the vendors' data sheets, by the start of `device_kind`.
+PEAKS = {
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v4": 275e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA A100": 312e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Operations a second of a device; None where it is not known, as for CPUs."""
+    kind = device.device_kind
+    return next((peak for start, peak in PEAKS.items() if kind.startswith(start)), None)
+
+
+def step_flops(config: VLMConfig, batch: int, length: int, readers: int, trains_decoder: bool = True) -> float:
+    """Operations of one step.
+
+    Args:
+      batch: B; length: T; readers: R.
+      trains_decoder: False in the alignment stage: no gradient of the decoder's weights is formed.
+    """
+    decoder, flex = config.decoder, config.flexattention
+    width, inner, kv = decoder.width, decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
+    backward = 2 if trains_decoder else 1  # with respect to the inputs, and to the weights
+
+    weights, attention = _layer(config, length)
+    head = 2 * length * width * decoder.vocab_size
+    total = (decoder.num_layers * weights + head) * (1 + backward) + decoder.num_layers * attention * 3
+
+    slots = config.num_lowres_tokens
+    tiles = 1 + (flex.zoom_ratio**2 if config.reads_highres else 0)
+    connector = 2 * slots * (config.vision.width * width + width * width)
+    total += tower_flops(config)
+    total += tiles * connector + 2 * connector  # the tower gets no gradient; only low resolution trains the connector
+
+    if config.reads_highres:
+        index, _ = cell_tokens(config.highres_grid, flex.cell_grid)
+        read = flex.sample_capacity * index.shape[1]
+        rows = length if flex.variant == "paper" else readers
+        # Features have no gradient: the projections' backward pass forms that of the weights alone.
+        projections = 2 * 2 * read * width * kv * (2 if trains_decoder else 1)
+        # The first layer reads nothing, but where layers are scanned it computes as the others do.
+        layers = config.num_flex_layers if config.scan_layers else config.num_flex_layers - 1
+        total += layers * (projections + 3 * 4 * rows * read * inner)
+    return float(batch * total)
+
+
+def tower_flops(config: VLMConfig) -> float:
+    """Operations of the tower for one picture, at both resolutions where the model reads both."""
+    tower, slots = config.vision, config.num_lowres_tokens
+    tiles = 1 + (config.flexattention.zoom_ratio**2 if config.reads_highres else 0)
+    if isinstance(tower, ConvVisionConfig):
+        per_token, channels, area = 0.0, 3, tower.patch_size**2
+        for width, stride in zip(tower.stem_widths, tower.stem_strides, strict=True):
+            area //= stride**2  # positions of this convolution, a token
+            per_token += area * 2 * 4 * stride**2 * channels * width
+            channels = width
+        per_token += tower.num_layers * 2 * 10 * channels * tower.mlp_dim
+        return tiles * slots * per_token
+    tokens = slots + 1
+    block = 2 * tokens * tower.width * (4 * tower.width + 2 * tower.mlp_dim) + 4 * tokens * tokens * tower.width
+    return tiles * (tower.num_blocks * block + 2 * slots * 3 * tower.patch_size**2 * tower.width)
+
+
+def decoder_flops(config: VLMConfig, length: int, cells_projected: float = 0.0, cells_read: float = 0.0) -> float:
+    """Operations of the decoder's layers for a prompt and its answer, each position once.
+
+    Args:
+      length: positions, the picture's tokens in the sequence included.
+      cells_projected: cells whose keys and values are computed, in all layers together.
+      cells_read: cells that rows read, in all rows and layers together.
+    """
+    decoder = config.decoder
+    total = decoder.num_layers * float(sum(_layer(config, length)))
+    if cells_projected or cells_read:
+        tokens = cell_tokens(config.highres_grid, config.flexattention.cell_grid)[0].shape[1]
+        kv, inner = decoder.num_kv_heads * decoder.head_dim, decoder.num_heads * decoder.head_dim
+        total += tokens * (4 * decoder.width * kv * cells_projected + 4 * inner * cells_read)
+    return total
+
+
+def _layer(config: VLMConfig, length: int) -> tuple[int, int]:
+    """Operations of one decoder layer over `length` positions: products with weights, and attention."""
+    decoder = config.decoder
+    inner, kv = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
+    weights = 2 * length * decoder.width * (2 * inner + 2 * kv + 3 * decoder.mlp_dim)
+    return weights, 4 * length * length * inner
