@@ -171,7 +171,13 @@ class Asker:
             for one, answer in zip(batch, answers, strict=True)
         ]
 
-    def _compare(self, continuation, batch, pictures, prompts) -> list[dict[str, Any]]:
+    def _compare(
+        self,
+        continuation: Callable[[str], str],
+        batch: Sequence[_Loaded],
+        pictures: Sequence[Image.Image],
+        prompts: Sequence[str],
+    ) -> list[dict[str, Any]]:
         continuations = [[continuation(option) for option in one.question.options] for one in batch]
         scores = self._vlm.score_prompts(pictures, prompts, continuations)
         answers = []
@@ -182,7 +188,9 @@ class Asker:
             answers.append({"losses": losses, "output": None, "order": None, "selection": self._pack(score.selection)})
         return answers
 
-    def _write(self, ask, batch, pictures, prompts) -> list[dict[str, Any]]:
+    def _write(
+        self, ask: Ask, batch: Sequence[_Loaded], pictures: Sequence[Image.Image], prompts: Sequence[str]
+    ) -> list[dict[str, Any]]:
         written = self._vlm.generate_prompts(pictures, prompts, self._max_new_tokens)
         return [
             {

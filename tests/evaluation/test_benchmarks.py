@@ -137,7 +137,7 @@ def test_magnifiers_published_and_strict_rules_differ_on_wordy_answers(run):
 
 
 def test_textvqa_gives_part_of_a_point(run):
-    results, _, printed = run("textvqa", {"camera": "Dakota.", "white text": "Drupalcon"})
+    results, _, printed = run("textvqa", {"camera": "Dakota.", "white text": "copenhagen!"})
     assert results["overall"] == {
         **{"n": 2, "correct": pytest.approx(1.3), "accuracy": pytest.approx(0.65), "chance": None},
         "ci95": pytest.approx([0.1522, 0.9505], abs=1e-4),
@@ -278,6 +278,11 @@ def test_vstars_scorers_agree_where_losses_do_and_differ_where_they_do_not(run, 
     assert agreeing["released"]["direct_attributes/q2"] == (None, 0)  # a tie
     assert differing["released"]["direct_attributes/q1"] == (0, 1)
     assert differing["official"]["direct_attributes/q1"] == (1, 0)
+    path = run.folder / workdir / "predictions.jsonl"
+    scored, changed = rescore(path)
+    assert changed == 0 and scored["overall"]["n"] == 10 and scored["config"]["scorer"] == "official"
+    with pytest.raises(WorkdirError, match="asked for scorer 'official'"):
+        rescore(path, "released")
     (released, options), (official, ended) = asked["released"], asked["official"]
     assert words(released) == words(official) + SHORT and [option + "</s>" for option in options] == ended
 

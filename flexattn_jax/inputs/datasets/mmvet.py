@@ -36,7 +36,7 @@ def read_mmvet(data_dir: str | Path) -> q.Reading:
             split="test",
             image=pictures / q.file_name(entry, "imagename"),
             question=q.text(entry, "question"),
-            answers=(q.text(entry, "answer"),),
+            answers=(entry["answer"],) if q.is_text(entry.get("answer")) else (),  # for the reader; nothing is scored
         )
 
     return SOURCE.collect(where, ((name, lambda n=name, e=entry: make(n, e)) for name, entry in entries.items()))

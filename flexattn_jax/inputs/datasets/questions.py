@@ -141,9 +141,7 @@ class Source:
             raise DatasetError(f"none of the {len(missing)} pictures is there, among them {wanted}. {self}")
         kept = [question for question in questions if question.id in here]
         errors += [
-            QuestionError(
-                question.id, f"the picture {question.image} is missing; get {self.name}'s pictures again"
-            )
+            QuestionError(question.id, f"the picture {question.image} is missing; get {self.name}'s pictures again")
             for question in questions
             if question.id not in here
         ]
@@ -211,6 +209,14 @@ def texts(entry: Any, name: str) -> tuple[str, ...]:
     if not isinstance(values, list) or not values or not all(is_text(value) for value in values):
         raise EntryError(f"{name!r} must be a list of texts that is not empty")
     return tuple(without_tag(value, name) for value in values)
+
+
+def human_answers(entry: Any, name: str, count: int = 10) -> tuple[str, ...]:
+    """What so many people answered, as it is: an empty answer is one too. Raises EntryError."""
+    values = field(entry, name)
+    if not isinstance(values, list) or len(values) != count or not all(isinstance(value, str) for value in values):
+        raise EntryError(f"{name!r} must be a list of {count} texts")
+    return tuple(values)
 
 
 def number_or_text(entry: Any, name: str) -> str:
