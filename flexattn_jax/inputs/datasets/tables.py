@@ -120,9 +120,7 @@ def read_table(path: Path, source: Source, columns: tuple[str, ...] = ()) -> Ite
     except OSError as error:
         raise DatasetError(f"{path} cannot be read ({error.strerror})") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(
-            f"{path} is no whole table in UTF-8; download it again from {source.home}"
-        ) from error
+        raise DatasetError(f"{path} is no whole table in UTF-8; download it again from {source.home}") from error
     if not number:
         raise DatasetError(f"{path} holds no rows; download it again from {source.home}")
 
