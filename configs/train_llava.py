@@ -27,6 +27,7 @@ def get_config(arg: str = "instruct") -> config_dict.ConfigDict:
             "preset": "",  # instead of a checkpoint: random parameters of a preset ("tiny", "7b", ...)
             "tokenizer": "",  # folder of the tokeniser; empty: the checkpoint's
             "redraw": "connector" if align else "",  # parameters that begin anew: beginnings of their paths, by comma
+            "copy_projections": False,  # the released recipe draws high-resolution keys' and values' weights
             "read_highres": not align,
             "dtype": config_dict.placeholder(str),  # of the computation; None: float32 on CPU, else bfloat16
         }

@@ -35,6 +35,8 @@ def get_config(arg: str = "flex") -> config_dict.ConfigDict:
             "preset": "mini" if tower else "",
             "tokenizer": "",  # tower: vsearch's words
             "redraw": "connector,decoder" if arg == "lowres" else "",
+            # What low resolution is searched for by then, high resolution is searched for from the start.
+            "copy_projections": not (tower or arg == "lowres"),
             "read_highres": True,
             "dtype": config_dict.placeholder(str),
         }
@@ -42,17 +44,17 @@ def get_config(arg: str = "flex") -> config_dict.ConfigDict:
     config.data = config_dict.ConfigDict(
         {
             "presets": ("standard", "crowded"),
-            "pictures": 8000,
+            "pictures": 6000,
             "seed": 0,
             "data_dir": "",
             "keep_views": True,
-            "text_lengths": (320,),
-            "answer_rows": (144,),
+            "text_lengths": (272,),
+            "answer_rows": (128,),
             "eval_samples": 128,
             "window": 1,
         }
     )
-    config.tower = config_dict.ConfigDict({"crops": 4, "crop_side": 64})
+    config.tower = config_dict.ConfigDict({"crops": 3, "crop_side": 96})
     config.optimizer = config_dict.ConfigDict(
         {
             "trainable": "vision,probe" if tower else "connector,decoder",

@@ -76,8 +76,8 @@ class VisionConfig:
 class ConvVisionConfig:
     """A small convolutional tower that reads a whole picture of any size: the `mini` preset's."""
 
-    stem_widths: tuple[int, ...] = (48, 96, 128)  # channels after each downscaling convolution
-    stem_strides: tuple[int, ...] = (4, 2, 2)
+    stem_widths: tuple[int, ...] = (16, 48, 96, 128)  # channels after each downscaling convolution
+    stem_strides: tuple[int, ...] = (2, 2, 2, 2)
     mlp_dim: int = 256
     num_layers: int = 2  # residual blocks after the stem
     position_dims: int = 16  # channels that say where in the picture a token is; a multiple of 4
@@ -92,6 +92,10 @@ class ConvVisionConfig:
         _require(
             all(stride % 2 == 0 and stride > 0 for stride in self.stem_strides),
             f"vision.stem_strides {self.stem_strides} must be even: windows are twice as wide and centred",
+        )
+        _require(
+            self.mlp_dim > 0 and self.num_layers >= 0,
+            f"vision.mlp_dim {self.mlp_dim} must be above 0 and vision.num_layers {self.num_layers} not below it",
         )
         _require(
             self.position_dims % 4 == 0 and self.position_dims >= 0,
@@ -359,10 +363,10 @@ _PRESETS = {
             vocab_size=128, width=128, mlp_dim=352, num_layers=5, num_heads=4, num_kv_heads=4, head_dim=32
         ),
         flexattention=FlexAttentionConfig(
-            zoom_ratio=3, first_layer=1, selection="top_k", cell_grid=8, capacity=8, warmup=2.0
+            zoom_ratio=4, first_layer=1, selection="top_k", cell_grid=8, capacity=8
         ),
         lowres_size=128,
-        image_size=384,
+        image_size=512,
         scan_layers=False,
     ),
     "7b": VLMConfig(flexattention=FlexAttentionConfig(), image_size=1008),

@@ -23,6 +23,7 @@ from flexattn_jax.inputs.batching import BatchError, Buckets
 from flexattn_jax.inputs.conversations import ConversationError
 from flexattn_jax.inputs.datasets.llava import HOMES, Skipped, read_llava
 from flexattn_jax.inputs.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from flexattn_jax.models.flops import peak_flops, step_flops
 from flexattn_jax.models.vlm import VLM
 from flexattn_jax.training.checkpoints import Checkpointer, CheckpointFault
 from flexattn_jax.training.data import (
@@ -33,7 +34,6 @@ from flexattn_jax.training.data import (
     make_iterator,
     split_off,
 )
-from flexattn_jax.models.flops import peak_flops, step_flops
 from flexattn_jax.training.logging import SKIPPED, RunLog
 from flexattn_jax.training.loop import LoopConfig, Run, StopRequest, TrainingFault, mean_loss, train
 from flexattn_jax.training.optimizer import OptimizerConfig, build_optimizer

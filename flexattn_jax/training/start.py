@@ -29,6 +29,7 @@ class StartConfig:
     preset: str = ""  # without a checkpoint: the configuration, see config.preset
     tokenizer: str = ""  # folder of the tokeniser; "": the checkpoint's
     redraw: str = ""  # parameters that begin anew although the checkpoint has them: beginnings of paths, by comma
+    copy_projections: bool = False  # high-resolution keys and values begin with the weights of low resolution's
     read_highres: bool = True  # FlexAttention on; a LLaVA-1.5 checkpoint gets projections drawn by the seed
     dtype: str | None = None  # of the computation; None: float32 on CPU, else bfloat16. Parameters are float32
 
@@ -81,10 +82,12 @@ def open_start(start: StartConfig, overrides: Mapping[str, Any], seed: int) -> S
     redrawn = _redrawn(start.redraw, config)
 
     def read() -> dict[str, Any]:
-        params = opened.params(config=stacked, dtype="float32")
-        if not redrawn:
-            return _arranged(params, config)
-        return _arranged(nest(flatten(params) | flatten(draw_params(config, seed, redrawn))), config)
+        flat = flatten(opened.params(config=stacked, dtype="float32"))
+        if redrawn:
+            flat |= flatten(draw_params(config, seed, redrawn))
+        if start.copy_projections:
+            flat |= {path: flat[path.replace("_proj_hd", "_proj")] for path in flat if "_proj_hd" in path}
+        return _arranged(nest(flat), config)
 
     return Start(config, Path(start.tokenizer or start.checkpoint), read)
 

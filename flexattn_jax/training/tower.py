@@ -36,8 +36,8 @@ _NO_OBJECT = -1
 class TowerConfig:
     """What a step of the tower's training looks at."""
 
-    crops: int = 4  # at full resolution, of each picture
-    crop_side: int = 64  # pixels
+    crops: int = 3  # at full resolution, of each picture
+    crop_side: int = 96  # pixels
 
     def __post_init__(self):
         if self.crops < 1 or self.crop_side < 1:

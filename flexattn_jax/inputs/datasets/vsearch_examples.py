@@ -27,7 +27,7 @@ SIDES = ("left", "right")
 SPLITS = ("train", "validation", "test", "test_art")
 OTHER_ARTIST = "twemoji"
 
-_VERSION = 1  # raised when the same settings give other examples
+_VERSION = 2  # raised when the same settings give other examples
 _QUALITY = 90
 _LEAST_OFFSET = 0.1  # of the picture, between the middles of two objects whose sides are asked about
 
@@ -47,10 +47,11 @@ class VSearchConfig:
 
     preset: str = "custom"  # part of the data set's name
     seed: int = 0
-    picture_side: int = 384  # S
+    picture_side: int = 512  # S
     num_objects: tuple[int, int] = (5, 6)  # least and most objects of a picture
-    object_sides: tuple[int, int] = (24, 40)  # least and greatest longer side of an object in pixels
+    object_sides: tuple[int, int] = (32, 48)  # least and greatest longer side of an object in pixels
     num_classes: int = 24  # the first so many of CLASSES
+    artists: tuple[str, ...] = ("emojione", "noto", "noto_v1", "openmoji")  # of all splits but test_art
     attribute_questions: int = 5  # of a picture
     relation_questions: int = 5
     pictures: tuple[int, ...] = (8000, 300, 800, 800)  # of each of SPLITS; 0: that split is not drawn
@@ -68,6 +69,12 @@ class VSearchConfig:
             NUM_OPTIONS <= least <= most <= self.num_classes <= len(CLASSES),
             f"num_objects {self.num_objects} must rise from at least {NUM_OPTIONS} (one for each option) to at most "
             f"num_classes {self.num_classes}, which is at most {len(CLASSES)}",
+        )
+        unknown = [name for name in self.artists if name not in ARTISTS or name == OTHER_ARTIST]
+        _require(
+            not unknown and len(self.artists) == len(set(self.artists)) > 0,
+            f"artists {self.artists} must be some of {', '.join(ARTISTS)}, each once, and not {OTHER_ARTIST}, whose "
+            "objects are in test_art alone",
         )
         _require(4 <= small <= large, f"object_sides {self.object_sides} must rise from at least 4 pixels")
         _require(
@@ -102,13 +109,13 @@ class VSearchConfig:
 
 
 PRESETS = {
-    # Few objects, too small for their class to be told at a third of the resolution.
+    # Few objects, too small for their class to be told at a quarter of the resolution.
     "standard": VSearchConfig(preset="standard"),
-    # More objects than an eighth of the cells can hold; their class is weakly visible at a third of the resolution.
+    # More objects than an eighth of the cells can hold; their class is weakly visible at a quarter of the resolution.
     "crowded": VSearchConfig(
         preset="crowded",
         num_objects=(12, 16),
-        object_sides=(36, 48),
+        object_sides=(44, 60),
         attribute_questions=8,
         relation_questions=4,
         pictures=(8000, 300, 500, 500),
@@ -203,7 +210,7 @@ def draw_example(config: VSearchConfig, split: str, index: int, assets: Assets) 
     """Example `index` of a split."""
     rng = np.random.default_rng([config.seed, SPLITS.index(split), index])
     photographs = assets.photographs["test" if split == "test_art" else split]
-    artists = [artist for artist in ARTISTS if (artist == OTHER_ARTIST) == (split == "test_art")]
+    artists = [OTHER_ARTIST] if split == "test_art" else config.artists
     name = sorted(photographs)[rng.integers(len(photographs))]
     while True:
         picture, objects = vsearch_scenes.draw_scene(
