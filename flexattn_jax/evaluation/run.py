@@ -22,6 +22,8 @@ from flexattn_jax.evaluation.predictions import PREDICTIONS, PredictionLog, Work
 from flexattn_jax.evaluation.report import build_results, print_report, write_json
 from flexattn_jax.inputs.batching import BatchError
 from flexattn_jax.inputs.datasets.questions import DatasetError, Question
+from flexattn_jax.inputs.datasets.vsearch_examples import VSearchError
+from flexattn_jax.inputs.datasets.vsearch_scenes import AssetError
 from flexattn_jax.inputs.images import ImageError
 from flexattn_jax.inputs.tokenizer import TokenizerError
 
@@ -38,6 +40,8 @@ USER_ERRORS = (
     TokenizerError,
     CheckpointError,
     ConfigError,
+    VSearchError,
+    AssetError,
 )
 
 _SAMPLED_BYTES = 1 << 16
@@ -193,5 +197,11 @@ def _first_of_each_split(questions: Sequence[Question], limit: int) -> list[Ques
     return chosen
 
 
-# A runner with imports of its own makes them when it is called, so that no benchmark waits for another's.
-RUNNERS: dict[str, Runner] = {name: partial(run_questions, name) for name in BENCHMARKS}
+def _run_vsearch(settings: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
+    # Imported when it is called, so that no other benchmark waits for tfds.
+    from flexattn_jax.evaluation.search_run import run_vsearch
+
+    return run_vsearch(settings, workdir)
+
+
+RUNNERS: dict[str, Runner] = {name: partial(run_questions, name) for name in BENCHMARKS} | {"vsearch": _run_vsearch}

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.progress import track
 
 from flexattn_jax.api import VisionLanguageModel
 from flexattn_jax.config import IMAGE_PLACEHOLDER, VLMConfig
@@ -45,13 +44,14 @@ class Answer:
     losses: tuple[float, ...]  # of the options
     answer: int
     size: int  # longer side of the smallest object asked about, pixels
-    length: int  # positions of the prompt and the right answer, the picture's slots included
     # Where the model reads high resolution, by layer that reads; of the row that decides between the options:
-    cells: tuple[int, ...] = ()  # cells read
+    kept: np.ndarray | None = None  # (layers, C) bool, the cells read
     hit_asked: tuple[bool, ...] = ()  # whether they hold the middle of an object asked about
     hit_others: tuple[float, ...] = ()  # share of the other objects whose middle they hold
     hit_others_any: float = 0.0  # share of the other objects held by the cells of some layer
-    distinct: int = 0  # cells read in all layers together by all rows of the prompt and the right answer
+    # Of the last row of the prompt and those of the right answer, in all layers together:
+    distinct: int = 0  # cells that some row reads, which are projected
+    reads: int = 0  # cells that rows read, summed over rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +65,14 @@ class _Option:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Packed:
+class Packed:
+    """What `pack_options` makes of a picture's questions."""
+
     sample: Sample
     options: tuple[_Option, ...]
     learned: np.ndarray  # (T,) bool, tokens of the options
     length: int
+    answer_lengths: list[tuple[int, int]]  # of each question: prompt with its right answer, and the answer alone
 
 
 def ask_all(
@@ -78,14 +81,16 @@ def ask_all(
     swap: str | None = None,
     seed: int = 0,
     batch_size: int = 4,
-    show_progress: bool = True,
-) -> list[Answer]:
+) -> Iterator[list[Answer]]:
     """Asks all questions about all pictures; the option with the lowest mean loss is the model's choice.
 
     Args:
       swap: of SWAPS; None: the model reads what it selects.
       seed: of what a swap draws.
       batch_size: pictures at once; changes no answer.
+
+    Yields:
+      the answers to all questions about a batch of pictures.
 
     Raises:
       ValueError: an unknown swap, or one for a model that reads no high resolution.
@@ -97,9 +102,7 @@ def ask_all(
     length = _rounded(max(p.length for p in packed)) - vlm.config.num_lowres_tokens
     readers = _rounded(max(int(p.learned.sum()) for p in packed))
     rng = np.random.default_rng(seed)
-    answers: list[Answer] = []
-    starts = range(0, len(examples), batch_size)
-    for first in track(starts, f"asking about {len(examples)} pictures") if show_progress else starts:
+    for first in range(0, len(examples), batch_size):
         group = packed[first : first + batch_size]
         shown = examples[first : first + batch_size]
         samples = [
@@ -117,10 +120,11 @@ def ask_all(
             losses, _, _ = forward(vlm.params, batch.replace(pixels=None, views=views), rows, given)
             cells = given[1:]  # what was read, not what was selected
         losses, cells = np.asarray(losses), None if cells is None else np.asarray(cells)
+        answers: list[Answer] = []
         for k, (p, example) in enumerate(zip(group, shown, strict=True)):
             read = None if cells is None else (cells[:, k], rows[k])
             answers += _judge(example, p, losses[k], read, vlm.config)
-    return answers
+        yield answers
 
 
 def _forward(model: VLM, params: dict, batch: Batch, rows: jax.Array, given: Any) -> tuple[jax.Array, Any, Any]:
@@ -133,7 +137,7 @@ def _forward(model: VLM, params: dict, batch: Batch, rows: jax.Array, given: Any
     return jnp.pad(losses, ((0, 0), (1, 0))), cells, views
 
 
-def pack_options(tokenizer: Tokenizer, example: Example, config: VLMConfig) -> _Packed:
+def pack_options(tokenizer: Tokenizer, example: Example, config: VLMConfig) -> Packed:
     """All options of all questions about a picture behind the common beginning of their prompts."""
     slots = config.num_lowres_tokens
     ids, segments, learned, options = [], [], [], []
@@ -159,7 +163,10 @@ def pack_options(tokenizer: Tokenizer, example: Example, config: VLMConfig) -> _
     beginning = len(learned[0])
     expanded = np.concatenate([flat[: beginning - 1], np.zeros(slots, bool), flat[beginning:]])
     sample = Sample(np.concatenate(ids), segments=np.concatenate(segments))
-    return _Packed(sample, tuple(options), expanded, place)
+    right = [o for o in options if o.option == example.questions[o.question].answer]
+    before = options[0].first
+    lengths = [(before + option.length, option.length - option.prompt) for option in right]
+    return Packed(sample, tuple(options), expanded, place, lengths)
 
 
 def _common_length(texts: Sequence[np.ndarray]) -> int:
@@ -169,7 +176,7 @@ def _common_length(texts: Sequence[np.ndarray]) -> int:
 
 
 def _judge(
-    example: Example, packed: _Packed, losses: np.ndarray, read: tuple[np.ndarray, np.ndarray] | None, config: VLMConfig
+    example: Example, packed: Packed, losses: np.ndarray, read: tuple[np.ndarray, np.ndarray] | None, config: VLMConfig
 ) -> Iterator[Answer]:
     owner = np.array([_cell_of(placed.box, config) for placed in example.objects]) if read is not None else None
     for number, asked in enumerate(example.questions):
@@ -186,7 +193,6 @@ def _judge(
             losses=values,
             answer=asked.answer,
             size=min(max(example.objects[t].box[2:]) for t in asked.targets),
-            length=packed.options[0].first + right.length,
         )
         if read is not None:
             cells, rows = read
@@ -195,11 +201,12 @@ def _judge(
             others = [i for i in range(len(owner)) if i not in asked.targets]
             answer = dataclasses.replace(
                 answer,
-                cells=tuple(int(n) for n in decisive.sum(axis=-1)),
+                kept=decisive,
                 hit_asked=tuple(bool(v) for v in decisive[:, owner[list(asked.targets)]].any(axis=-1)),
                 hit_others=tuple(float(v) for v in decisive[:, owner[others]].mean(axis=-1)),
                 hit_others_any=float(decisive[:, owner[others]].any(axis=0).mean()),
                 distinct=int(cells[:, all_rows].any(axis=1).sum()),
+                reads=int(cells[:, all_rows].sum()),
             )
         yield answer
 
@@ -215,7 +222,7 @@ def _swapped(
     swap: str,
     cells: np.ndarray,
     rows: np.ndarray,
-    group: Sequence[_Packed],
+    group: Sequence[Packed],
     shown: Sequence[Example],
     config: VLMConfig,
     rng: np.random.Generator,

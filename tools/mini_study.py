@@ -1,0 +1,154 @@
+"""Trains and tests the mini models: every arm with several seeds, from one tower. docs/mini.md holds what it found.
+
+    python tools/mini_study.py --out=runs/mini --seeds=0,1,2            trains what is not trained yet, then tests
+
+A run that was stopped goes on. `make train-mini` is the part of it that makes the shipped FlexAttention model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flexattn_jax.api import load
+from flexattn_jax.evaluation.metrics import wilson_interval
+from flexattn_jax.evaluation.search import Answer, ask_all
+from flexattn_jax.inputs.datasets.vsearch import decode_example, load_vsearch
+from flexattn_jax.inputs.datasets.vsearch_examples import ATTRIBUTES, FORMS
+
+ARMS = ("twin", "flex", "all", "random")
+ROOT = Path(__file__).parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Test:
+    """One reading of one arm: `overrides` of its configuration, and what its rows read in place of their selection."""
+
+    arm: str
+    preset: str = "standard"
+    split: str = "test"
+    data_seed: int = 0
+    swap: str | None = None
+    overrides: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        parts = [self.arm, self.preset, self.split, f"data{self.data_seed}", self.swap or "own"]
+        return "-".join(parts + [f"{key.split('.')[-1]}{value}" for key, value in self.overrides])
+
+
+def tests() -> Iterator[Test]:
+    """Everything that docs/mini.md tells."""
+    for preset in ("standard", "crowded"):
+        for arm in ARMS:
+            yield Test(arm, preset)
+        for swap in ("random", "other_question", "objects"):
+            yield Test("flex", preset, swap=swap)
+        for capacity in (2, 4, 16, 32):
+            yield Test("flex", preset, overrides=(("flexattention.capacity", capacity),))
+        yield Test("flex", preset, overrides=(("flexattention.selector", "all"),))
+        yield Test("flex", preset, overrides=(("flexattention.enabled", False),))
+        for arm in ("twin", "flex"):
+            yield Test(arm, preset, split="test_art")
+        yield Test("flex", preset, data_seed=12345)
+
+
+def train(stage: str, workdir: Path, *settings: str) -> None:
+    """Runs train.py, unless the model is there."""
+    if (workdir / "model" / "config.json").is_file():
+        return
+    command = [sys.executable, str(ROOT / "train.py"), f"--config={ROOT}/configs/train_mini.py:{stage}"]
+    subprocess.run([*command, f"--workdir={workdir}", *settings], check=True)
+
+
+def run_test(test: Test, model: Path, file: Path, data_dir: str, pictures: int) -> list[dict[str, Any]]:
+    """Asks all questions, or reads what was answered before; one record a question."""
+    if file.is_file():
+        return json.loads(file.read_text())
+    rows = load_vsearch(data_dir or None, test.preset, test.split, test.data_seed)
+    examples = [decode_example(rows[k]) for k in range(min(len(rows), pictures or len(rows)))]
+    vlm = load(model, config_overrides=dict(test.overrides))
+    records = [_record(answer) for batch in ask_all(vlm, examples, test.swap) for answer in batch]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(records))
+    partial.replace(file)
+    return records
+
+
+def _record(answer: Answer) -> dict[str, Any]:
+    record = {"form": answer.form, "correct": answer.correct, "size": answer.size}
+    if answer.kept is not None:
+        record["cells"] = float(answer.kept.sum(axis=-1).mean())
+        record["asked"] = any(answer.hit_asked)
+        record["others"] = answer.hit_others_any
+        record["distinct"] = answer.distinct
+    return record
+
+
+def summarise(records: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    """Accuracy over all seeds' questions with an interval, the seeds' own, and how often cells hold what is asked."""
+    summary: dict[str, Any] = {}
+    for form in FORMS:
+        seeds = [[r for r in seed if r["form"] == form] for seed in records]
+        right = sum(r["correct"] for seed in seeds for r in seed)
+        n = sum(map(len, seeds))
+        summary[form] = {
+            "n": n,
+            "accuracy": right / n,
+            "ci95": wilson_interval(right, n),
+            "seeds": [float(np.mean([r["correct"] for r in seed])) for seed in seeds],
+        }
+    flat = [r for seed in records for r in seed if r["form"] == ATTRIBUTES]
+    if "cells" in flat[0]:
+        for name in ("cells", "asked", "others", "distinct"):
+            summary[name] = float(np.mean([r[name] for r in flat]))
+    sizes = sorted({r["size"] // 4 * 4 for r in flat})
+    summary["by_size"] = {
+        size: [float(np.mean([r["correct"] for r in flat if r["size"] // 4 * 4 == size])), size] for size in sizes
+    }
+    return summary
+
+
+def main() -> None:
+    """Trains, tests, prints, and writes results.json."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--data_dir", default="", help="where vsearch is drawn to; empty: the user's data folder")
+    parser.add_argument("--pictures", type=int, default=0, help="of each test; 0: all")
+    arguments = parser.parse_args()
+    data = [f"--config.data.data_dir={arguments.data_dir}"]
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    train("tower", arguments.out / "tower", *data)
+    for seed in seeds:
+        folder = arguments.out / f"seed{seed}"
+        common = [*data, f"--config.seed={seed}"]
+        tower, lowres = arguments.out / "tower" / "model", folder / "lowres" / "model"
+        train("lowres", folder / "lowres", f"--config.start.checkpoint={tower}", *common)
+        for arm in ARMS:
+            train(arm, folder / arm, f"--config.start.checkpoint={lowres}", *common)
+    results = {}
+    for test in tests():
+        records = []
+        for seed in seeds:
+            folder = arguments.out / f"seed{seed}"
+            file = folder / "tests" / f"{test.name}.json"
+            records.append(run_test(test, folder / test.arm / "model", file, arguments.data_dir, arguments.pictures))
+        summary = results[test.name] = summarise(records)
+        shown = [f"{form} {100 * summary[form]['accuracy']:.1f} (n {summary[form]['n']})" for form in FORMS]
+        hits = f", asked {summary['asked']:.2f}, others {summary['others']:.2f}" if "asked" in summary else ""
+        print(f"{test.name}: {', '.join(shown)}{hits}", flush=True)
+    (arguments.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
