@@ -87,7 +87,11 @@ def model(params, config, ids, pixels=None, size=None, readers=None, alpha=1.0, 
 def encode(params, config, pixels):
     """Low-resolution tokens (N, D), and high-resolution ones (M, D) in raster order, or None."""
     down = triangle(pixels.shape[-1], config.lowres_size)
-    lowres = connect(params, tower(params, config, np.einsum("yi,xj,cij->cyx", down, down, pixels)))
+    small = np.einsum("yi,xj,cij->cyx", down, down, pixels)
+    if hasattr(config.vision, "stem_widths"):  # reads the large picture whole
+        both = [connect(params, conv_tower(params["vision"], config.vision, picture)) for picture in (small, pixels)]
+        return both[0], None if config.flexattention is None else both[1]
+    lowres = connect(params, tower(params, config, small))
     if config.flexattention is None:
         return lowres, None
     zoom, grid = config.flexattention.zoom_ratio, config.lowres_size // config.vision.patch_size
@@ -122,6 +126,43 @@ def tower(params, config, pixels):
         h = linear(layer_norm(x, block["norm2"], vision.norm_eps), block["mlp"]["fc1"])
         x = x + linear(h / (1 + np.exp(-1.702 * h)), block["mlp"]["fc2"])
     return x[1:]
+
+
+def conv_tower(p, vision, pixels):
+    """pixels (3, s, s) -> (tokens, Dv): what was seen, then sines and cosines of x, then of y, in rising frequency."""
+    x = pixels.transpose(1, 2, 0)
+    for i, stride in enumerate(vision.stem_strides):
+        x = layer_norm(gelu_tanh(convolve(x, p[f"stem_{i}"], stride)), p[f"stem_norm_{i}"], vision.norm_eps)
+    for i in range(vision.num_layers):
+        block = take(p["blocks"], i)
+        h = gelu_tanh(convolve(layer_norm(x, block["norm"], vision.norm_eps), block["conv"], 1))
+        x = x + linear(h, block["fc"])
+    x = layer_norm(x, p["post_norm"], vision.norm_eps)
+    tokens = []
+    for j, i in np.ndindex(x.shape[:2]):
+        place = []
+        for at in ((i + 0.5) / len(x), (j + 0.5) / len(x)):
+            angles = [math.pi * at * 2**k for k in range(vision.position_dims // 4)]
+            place += [*map(math.sin, angles), *map(math.cos, angles)]
+        tokens.append(np.concatenate([x[j, i], place]))
+    return np.stack(tokens)
+
+
+def convolve(x, p, stride):
+    """Windows of the kernel's side around the middle of each stride x stride block; zeros around the picture."""
+    kernel = p["kernel"].astype(np.float64)
+    window, count = len(kernel), len(x) // stride
+    margin = (window - stride) // 2
+    x = np.pad(x, ((margin, margin), (margin, margin), (0, 0)))
+    out = np.zeros((count, count, kernel.shape[-1]))
+    for j, i in np.ndindex(count, count):
+        part = x[j * stride : j * stride + window, i * stride : i * stride + window]
+        out[j, i] = np.einsum("yxc,yxco->o", part, kernel) + p["bias"]
+    return out
+
+
+def gelu_tanh(x):
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def connect(params, features):

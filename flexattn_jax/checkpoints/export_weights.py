@@ -26,7 +26,7 @@ from flexattn_jax.checkpoints.import_weights import ProgressBar
 from flexattn_jax.checkpoints.layouts import TOWER_FOLDER, Layout
 from flexattn_jax.checkpoints.safetensors_io import DTYPE_NAMES, Tensor, TensorInfo, read_file, write_folder
 from flexattn_jax.checkpoints.source import TIED_HEAD, TOKENIZER_FILES, config_of_folder
-from flexattn_jax.config import VLMConfig
+from flexattn_jax.config import ConvVisionConfig, VLMConfig
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -64,10 +64,15 @@ def export_weights(
     A FlexAttention checkpoint keeps its projections and settings in either layout; Hugging Face's own code ignores
     them and runs the LLaVA-1.5 that is left. One group of leaves is in memory at a time.
 
-    Raises CheckpointError for an unknown layout, a damaged source or a folder that is taken.
+    Raises CheckpointError for an unknown layout, a damaged source, a convolutional tower or a folder that is taken.
     """
     checkpoint = store.open_native(source)
     target = layouts.export_layout(layout, checkpoint.source and checkpoint.source.layout)
+    if isinstance(checkpoint.config.vision, ConvVisionConfig):
+        raise CheckpointError(
+            f"{source} has a convolutional tower, which has no place in the {layout} layout: nobody publishes such "
+            "models; load it with flexattn_jax.load as it is."
+        )
     plan = _Plan.of(checkpoint, target)
     total = sum(info.num_bytes for info in plan.infos.values())
     done = 0
