@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from flexattn_jax.config import VLMConfig
 from flexattn_jax.highres.flexattention import Picture, Rows
-from flexattn_jax.inputs.batching import Batch
+from flexattn_jax.inputs.batching import Batch, BatchError
 from flexattn_jax.models.connector import Connector
 from flexattn_jax.models.decoder import Decoder, Step
 from flexattn_jax.models.vision import Views, build_tower
@@ -166,6 +166,9 @@ class VLM(nn.Module):
 
         Returns:
           (B, T, V) float32 logits (of right padding: meaningless), and named intermediates of `encode` and Decoder.
+
+        Raises:
+          BatchError: texts that share a beginning, for variant "paper".
         """
         hidden, picture, named = self.assemble(batch, features)
         length = hidden.shape[1]
@@ -173,6 +176,11 @@ class VLM(nn.Module):
         rows = self._rows(picture, last if readers is None else readers, length)
         positions, mask = jnp.broadcast_to(jnp.arange(length), hidden.shape[:2]), None
         if batch.segments is not None:
+            if picture is not None and self.config.flexattention.variant == "paper":
+                raise BatchError(
+                    'texts that share a beginning cannot be read by flexattention.variant "paper", in which one row '
+                    'selects for the whole sample; give each a sample of its own, or set it to "released"'
+                )
             positions, mask = segment_positions(batch.segments), segment_mask(batch.segments)
         step = Step(
             positions=positions,
@@ -200,7 +208,12 @@ class VLM(nn.Module):
         Returns:
           Logits of the last prompt token (B, V) float32 (with capture: of all, (B, T, V)), the memory, and named
           intermediates.
+
+        Raises:
+          BatchError: texts that share a beginning, which a cache cannot continue.
         """
+        if batch.segments is not None:
+            raise BatchError("texts that share a beginning cannot be continued; give each prompt a sample of its own")
         hidden, picture, named = self.assemble(batch, features)
         length = hidden.shape[1]
         last = batch.lengths[:, None] - 1
