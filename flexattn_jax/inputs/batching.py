@@ -180,7 +180,7 @@ def make_batch(
         a Batch of numpy arrays.
 
     Raises:
-        BatchError: a sample is malformed or too long, or there are too many samples.
+        BatchError: a sample is malformed or too long, there are too many, or some have pixels and others views.
     """
     samples = [Sample(*sample) for sample in samples]
     if not samples:
@@ -190,6 +190,8 @@ def make_batch(
     slots = config.num_lowres_tokens
     with_picture = any(start >= 0 for _, start in expanded)
     from_pixels = any(sample.pixels is not None for sample in samples)
+    if from_pixels and any(sample.views is not None for sample in samples):
+        raise BatchError("a batch holds pixels of some samples and views of others; give one of the two for all")
     longest = max(len(ids) for ids, _ in expanded)
     length = slots + buckets.text_length(longest - slots) if with_picture else buckets.text_length(longest)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import hashlib
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +20,8 @@ from flexattn_jax.config import VLMConfig
 from flexattn_jax.inputs.images import ImageError
 from flexattn_jax.models.vision import Views
 from flexattn_jax.models.vlm import VLM
-from flexattn_jax.training.data import TextSource, TrainSample
+from flexattn_jax.training.data import SampleSource, TextSource, TrainSample
+from flexattn_jax.training.loop import TrainingFault
 
 _AT_ONCE = 16  # pictures
 _DTYPE = np.float16
@@ -44,7 +48,10 @@ class ViewedSource:
         """Raises ImageError when the picture could not be read."""
         width, height = (int(v) for v in self._sizes[index])
         if width == -2:
-            return self._source[index]  # tells why
+            _ = self._source[index]  # tells why
+            raise ImageError(
+                f"{self.name(index)} could not be read when all pictures were seen; remove the kept views to see it now"
+            )
         sample, learned = self._source.text(index)
         if width == -1:
             return TrainSample(sample, learned)
@@ -58,28 +65,56 @@ def keep_views(source: TextSource, config: VLMConfig, vision_params: dict, folde
     Args:
       vision_params: of the tower, stacked over layers as `config.scan_layers` says.
       folder: shared by all runs; files are named after the data and the tower. A picture takes 2 bytes a number,
-        (N + M) * Dv numbers: 184 KB in the `mini` preset, 12 MB in a 7B model.
+        (N + M) * Dv numbers: 313 KB in the `mini` preset, 12 MB in a 7B model.
+
+    Raises:
+      TrainingFault: the folder cannot be written, or has no room.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     stem = f"{source.digest[:16]}-{_digest(config, vision_params)}"
-    names = ["lowres", "highres"] if config.reads_highres else ["lowres"]
-    files = {name: folder / f"{stem}-{name}.npy" for name in [*names, "sizes"]}
-    if not all(file.is_file() for file in files.values()):
-        _see_all(source, config, vision_params, files)
-    kept = {name: np.load(files[name], mmap_mode="r", allow_pickle=False) for name in names}
-    return ViewedSource(source, np.load(files["sizes"], allow_pickle=False), Views(**kept))
+    shapes = {"lowres": (len(source), config.num_lowres_tokens, config.vision.width)}
+    if config.reads_highres:
+        shapes["highres"] = (len(source), config.highres_grid**2, config.vision.width)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f".{stem}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of two runs that begin together one sees, and the other waits for it
+            kept = _read(folder, stem, shapes)
+            if kept is None:
+                _see_all(source, config, vision_params, folder, stem, shapes)
+                kept = _read(folder, stem, shapes)
+    except OSError as error:
+        size = sum(2 * math.prod(shape) for shape in shapes.values())
+        raise TrainingFault(
+            f"what the tower sees cannot be kept in {folder} ({error.strerror or error}); it takes {size / 1e9:.2f} "
+            "GB: give another data.data_dir, or set data.keep_views to False"
+        ) from error
+    sizes, views = kept
+    return ViewedSource(source, sizes, Views(**views))
 
 
-def _see_all(source: TextSource, config: VLMConfig, vision_params: dict, files: dict[str, Path]) -> None:
-    see = jax.jit(lambda pixels: VLM(config).apply({"params": {"vision": vision_params}}, pixels, method="see"))
-    counts = {"lowres": config.num_lowres_tokens, "highres": config.highres_grid**2}
-    partial = {name: file.with_suffix(f".{os.getpid()}.partial") for name, file in files.items()}
-    arrays: dict[str, Any] = {
-        name: np.lib.format.open_memmap(partial[name], "w+", _DTYPE, (len(source), counts[name], config.vision.width))
-        for name in files
-        if name != "sizes"
-    }
+def _read(folder: Path, stem: str, shapes: dict[str, tuple[int, ...]]) -> tuple[np.ndarray, dict] | None:
+    """Sizes and views, None where a file is missing or cut short."""
+    try:
+        sizes = np.load(folder / f"{stem}-sizes.npy", allow_pickle=False)
+        views = {name: np.load(folder / f"{stem}-{name}.npy", mmap_mode="r", allow_pickle=False) for name in shapes}
+    except (FileNotFoundError, ValueError, EOFError):
+        return None
+    return (sizes, views) if all(views[name].shape == shape for name, shape in shapes.items()) else None
+
+
+def _see_all(
+    source: TextSource,
+    config: VLMConfig,
+    vision_params: dict,
+    folder: Path,
+    stem: str,
+    shapes: dict[str, tuple[int, ...]],
+) -> None:
+    for stopped in folder.glob(f"{stem}-*.partial"):  # of a run that was killed; the lock is ours
+        stopped.unlink()
+    partial = {name: folder / f"{stem}-{name}.partial" for name in [*shapes, "sizes"]}
+    arrays = {name: _room(partial[name], shape) for name, shape in shapes.items()}
     sizes = np.full((len(source), 2), -1, np.int32)
     for first in track(range(0, len(source), _AT_ONCE), f"seeing {len(source)} pictures once"):
         rows = range(first, min(first + _AT_ONCE, len(source)))
@@ -92,15 +127,27 @@ def _see_all(source: TextSource, config: VLMConfig, vision_params: dict, files: 
                 continue
             if sample.pixels is not None:
                 pixels[place], sizes[row] = sample.pixels, sample.size or (0, 0)
-        views = see(pixels)
+        views = _see(config, vision_params, pixels)
         for name, array in arrays.items():
             array[first : rows.stop] = np.asarray(getattr(views, name))[: len(rows)]
     for array in arrays.values():
         array.flush()
     with partial["sizes"].open("wb") as file:
         np.save(file, sizes)
-    for name, file in files.items():
-        partial[name].replace(file)
+    for name, file in partial.items():
+        file.replace(folder / f"{stem}-{name}.npy")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _see(config: VLMConfig, vision_params: dict, pixels: jax.Array) -> Views:
+    return VLM(config).apply({"params": {"vision": vision_params}}, pixels, method="see")
+
+
+def _room(file: Path, shape: tuple[int, ...]) -> np.memmap:
+    array = np.lib.format.open_memmap(file, "w+", _DTYPE, shape)
+    with file.open("r+b") as opened:  # a full disk is found out now, as an error, and not while the array is filled
+        os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+    return array
 
 
 def _digest(config: VLMConfig, vision_params: dict) -> str:
@@ -111,7 +158,7 @@ def _digest(config: VLMConfig, vision_params: dict) -> str:
     return digest.hexdigest()[:16]
 
 
-def joined(sources: Sequence[TextSource]) -> TextSource:
+def joined(sources: Sequence[SampleSource]) -> SampleSource:
     """Several sources of one kind as one, in order."""
     return sources[0] if len(sources) == 1 else _Joined(sources)
 
@@ -134,10 +181,6 @@ class _Joined:
     def __getitem__(self, index: int) -> Any:
         source, place = self._find(index)
         return source[place]
-
-    def text(self, index: int) -> TrainSample:
-        source, place = self._find(index)
-        return source.text(place)
 
     def name(self, index: int) -> str:
         source, place = self._find(index)
