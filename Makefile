@@ -4,7 +4,8 @@ VENV   := .venv
 RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
-.PHONY: demo test slow check bench clean
+MINI   := runs/mini
+.PHONY: demo test slow check bench train-mini study clean
 
 demo: runs/demo/checkpoint/config.json
 	$(RUN) eval.py --config=configs/vstar.py --config.pictures=8 --workdir=runs/demo/vstar
@@ -22,6 +23,17 @@ slow: $(READY)
 check: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# The shipped FlexAttention model, from nothing: its tower, LLaVA-1.5 at low resolution, FlexAttention from there.
+train-mini: $(READY)
+	$(RUN) train.py --config=configs/train_mini.py:tower --workdir=$(MINI)/tower
+	$(RUN) train.py --config=configs/train_mini.py:lowres --workdir=$(MINI)/seed0/lowres --config.start.checkpoint=$(MINI)/tower/model
+	$(RUN) train.py --config=configs/train_mini.py:flex --workdir=$(MINI)/seed0/flex --config.start.checkpoint=$(MINI)/seed0/lowres/model
+	$(RUN) eval.py --config=configs/vstar.py:mini --config.models=$(MINI)/seed0 --workdir=$(MINI)/vsearch
+
+# Every arm with three seeds, and all that docs/mini.md tells of them.
+study: $(READY)
+	$(RUN) tools/mini_study.py --out=$(MINI) --seeds=0,1,2
 
 bench: $(READY)
 	$(RUN) benchmarks/flexattention_cost.py

@@ -44,7 +44,7 @@ def get_config(arg: str = "flex") -> config_dict.ConfigDict:
     config.data = config_dict.ConfigDict(
         {
             "presets": ("standard", "crowded"),
-            "pictures": 6000,
+            "pictures": 6000 if tower else 4000,
             "seed": 0,
             "data_dir": "",
             "keep_views": True,

@@ -39,7 +39,7 @@ _PRESET = flags.DEFINE_enum("preset", "standard", sorted(vsearch_examples.PRESET
 _SPLIT = flags.DEFINE_enum("split", "train", vsearch_examples.SPLITS, "Of the contact sheet.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the contact sheet.")
 
-_LONG_SIDE = 1280  # of a stored photograph; crops are 384 pixels
+_LONG_SIDE = 1280  # of a stored photograph; crops are 512 pixels
 _LEAST_SIDE = 300
 _QUALITY = 80
 
