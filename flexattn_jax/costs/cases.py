@@ -1,0 +1,253 @@
+"""What can be measured: the axes of the table, and the product of those that a user chose.
+
+A system that high resolution is compared with is one entry of SYSTEMS.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flexattn_jax.config import ConfigError, VLMConfig, override, preset
+from flexattn_jax.costs.rankings import RANKINGS
+from flexattn_jax.costs.targets import parse_target
+
+CHECKS = ("matmul", "attention")  # programs without a model, to check the estimates by
+PROGRAMS = ("prefill", "decode", "score", "train", *CHECKS)
+LAYERS = ("scanned", "unrolled")
+REMAT = ("none", "full", "dots")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One program for one target.
+
+    system: name, with the cells that a row keeps after a colon, as `system_overrides` takes it.
+    depth: decoder layers; FlexAttention begins after the same share of them as in the preset. None: the preset's.
+    zoom: side of the picture over that of the low-resolution one. None: the preset's.
+    batch: samples of an inference program; of training, samples a device.
+    text: positions beside the picture's slots.
+    options: compiler options, as "--name=value --name=value".
+    """
+
+    system: str
+    program: str
+    target: str
+    preset: str = "7b"
+    layers: str = "scanned"
+    remat: str = "none"
+    depth: int | None = None
+    ranking: str = "cells"
+    zoom: int | None = None
+    batch: int = 1
+    text: int = 64
+    dtype: str = "bfloat16"
+    options: str = ""
+
+    @property
+    def name(self) -> str:
+        """Tells the case from every other, for people and as a key."""
+        parts = [self.preset, self.system, self.program, self.layers, self.target]
+        parts += [f"remat {self.remat}"] if self.remat != "none" else []
+        parts += [f"{self.depth} layers"] if self.depth else []
+        parts += [f"by {self.ranking}"] if self.ranking != "cells" else []
+        parts += [f"zoom {self.zoom}"] if self.zoom else []
+        parts += [f"batch {self.batch}", f"text {self.text}", self.dtype]
+        return ", ".join(parts + ([self.options] if self.options else []))
+
+
+def _lowres(config: VLMConfig, cells: int) -> dict[str, Any]:
+    return {"flexattention": None, "image_size": config.lowres_size}
+
+
+def _flex(config: VLMConfig, cells: int) -> dict[str, Any]:
+    if cells >= config.flexattention.num_cells:
+        return {"flexattention.selector": "all"}
+    return {
+        "flexattention.selection": "top_k",
+        "flexattention.capacity": cells,
+        "flexattention.union_capacity": cells,
+    }
+
+
+# Overrides of a preset that make it another system, given the number of cells that a row reads.
+SYSTEMS: dict[str, Callable[[VLMConfig, int], dict[str, Any]]] = {
+    "lowres": _lowres,  # LLaVA-1.5
+    "flex": _flex,
+}
+_READS_CELLS = ("flex",)
+
+
+def system_overrides(config: VLMConfig, system: str) -> dict[str, Any]:
+    """What to override in a preset for a system such as "lowres", "flex:10%", "flex:8" or "flex:all".
+
+    Raises:
+      ConfigError: no such system, or not so many cells.
+    """
+    name, _, cells = system.partition(":")
+    if name not in SYSTEMS or (name in _READS_CELLS) != bool(cells):
+        raise ConfigError(
+            f"systems has {system!r}; write {', '.join(n for n in SYSTEMS if n not in _READS_CELLS)}, or flex with the "
+            "cells that a row keeps: flex:8, flex:10%, flex:all"
+        )
+    return SYSTEMS[name](config, _cells(cells, config.flexattention.num_cells, system) if cells else 0)
+
+
+def _cells(text: str, most: int, system: str) -> int:
+    """A number of cells given as "8", "10%" or "all"."""
+    if text == "all":
+        return most
+    if match := re.fullmatch(r"(\d+)(%?)", text):
+        count = max(1, round(int(match[1]) * most / 100)) if match[2] else int(match[1])
+        if 1 <= count <= most:
+            return count
+    raise ConfigError(f"systems has {system!r}; cells are a number from 1 to {most}, a share such as 10%, or all")
+
+
+def model_config(case: Case) -> VLMConfig:
+    """The model of a case; ConfigError where its settings do not go together."""
+    config = preset(case.preset)
+    changes: dict[str, Any] = {
+        "dtype": case.dtype,
+        "scan_layers": case.layers == "scanned",
+        "remat": case.remat,
+    }
+    if case.zoom:
+        changes |= {"flexattention.zoom_ratio": case.zoom, "image_size": config.lowres_size * case.zoom}
+    if case.depth:
+        first = max(1, round(config.flexattention.first_layer * case.depth / config.decoder.num_layers))
+        changes |= {"decoder.num_layers": case.depth, "flexattention.first_layer": first}
+    config = override(config, changes)
+    changes = system_overrides(config, case.system)
+    if case.ranking == "mask":
+        changes |= {"flexattention.selection": "threshold", "flexattention.capacity": None}
+    return override(config, changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What configs/compile_costs.py holds, by name; a list is written with commas, "" is the preset's own."""
+
+    presets: str
+    systems: str
+    programs: str
+    targets: str
+    layers: str
+    unrolled_systems: str
+    remat: str
+    depths: str
+    rankings: str
+    zooms: str
+    options: str
+    batch: int
+    text: int
+    train_text: int
+    dtype: str
+    passes: int
+    time_limit: float
+    unrolled_time_limit: float
+    warm_cache: bool
+    steps: int
+
+    def __post_init__(self):
+        for name, lowest in (("batch", 1), ("text", 2), ("train_text", 2), ("passes", 1), ("steps", 0)):
+            if getattr(self, name) < lowest:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {lowest}")
+        for name in ("time_limit", "unrolled_time_limit"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it is a number of seconds above 0")
+
+    def limit(self, case: Case) -> float:
+        """Seconds that one reading of a case may take."""
+        return self.unrolled_time_limit if case.layers == "unrolled" else self.time_limit
+
+
+def read_settings(values: Mapping[str, Any]) -> Settings:
+    """The settings of a config file; ConfigError for one that is unknown or missing."""
+    known = {field.name for field in dataclasses.fields(Settings)}
+    wrong = sorted(known ^ set(values))
+    if wrong:
+        raise ConfigError(f"the config file has other settings than compile_costs.py reads: {', '.join(wrong)}")
+    return Settings(**values)
+
+
+def expand(settings: Settings) -> list[Case]:
+    """The cases of a table, targets and programs outermost; combinations that say nothing new are left out.
+
+    Raises:
+      ConfigError: an entry that is not known, or settings that describe no model.
+    """
+    axes = {
+        "target": _entries(settings.targets, "targets"),
+        "preset": _entries(settings.presets, "presets"),
+        "program": _entries(settings.programs, "programs", PROGRAMS),
+        "layers": _entries(settings.layers, "layers", LAYERS),
+        "depth": [None if d == "" else _whole(d, "depths") for d in settings.depths.split(",")],
+        "zoom": [None if z == "" else _whole(z, "zooms") for z in settings.zooms.split(",")],
+        "remat": _entries(settings.remat, "remat", REMAT),
+        "ranking": _entries(settings.rankings, "rankings", tuple(RANKINGS)),
+        "options": [flags.strip() for flags in settings.options.split(";")],
+        "system": _entries(settings.systems, "systems"),
+    }
+    for target in axes["target"]:
+        parse_target(target)
+    unrolled = [name.strip() for name in settings.unrolled_systems.split(",") if name.strip()]
+    cases = []
+    for values in itertools.product(*axes.values()):
+        case = _normal(
+            Case(**dict(zip(axes, values, strict=True)), batch=settings.batch, dtype=settings.dtype), settings
+        )
+        if case.layers == "unrolled" and unrolled and case.system not in unrolled:
+            continue
+        cases.append(case)
+    cases = list(dict.fromkeys(cases))
+    for case in cases:
+        if case.program not in CHECKS:
+            model_config(case)
+        compiler_options(case)
+    return cases
+
+
+def _normal(case: Case, settings: Settings) -> Case:
+    """The case without the axes that its program or system knows nothing of."""
+    if case.program in CHECKS:
+        return Case("none", case.program, case.target, preset="none", batch=1, text=0, options=case.options)
+    if case.program == "train":
+        case = dataclasses.replace(case, text=settings.train_text)
+    else:
+        case = dataclasses.replace(case, text=settings.text, remat="none")
+    if case.system.partition(":")[0] not in _READS_CELLS or case.system.endswith(":all"):
+        case = dataclasses.replace(case, ranking="cells")
+    if case.system == "lowres":
+        case = dataclasses.replace(case, zoom=None)
+    return case
+
+
+def compiler_options(case: Case) -> dict[str, str]:
+    """`case.options` as a dictionary; ConfigError if it is not written as flags are."""
+    found = {}
+    for flag in case.options.split():
+        match = re.fullmatch(r"--(\w+)=(.+)", flag)
+        if match is None:
+            raise ConfigError(f"options has {flag!r}; write compiler options as --xla_name=value, sets of them with ;")
+        found[match[1]] = match[2]
+    return found
+
+
+def _entries(text: str, name: str, allowed: tuple[str, ...] | None = None) -> list[str]:
+    entries = [entry.strip() for entry in text.split(",") if entry.strip()]
+    if not entries:
+        raise ConfigError(f"{name} is empty; name at least one{', such as ' + allowed[0] if allowed else ''}")
+    for entry in entries:
+        if allowed is not None and entry not in allowed:
+            raise ConfigError(f"{name} has {entry!r}; known: {', '.join(allowed)}")
+    return entries
+
+
+def _whole(text: str, name: str) -> int:
+    if not re.fullmatch(r"\s*[1-9]\d*\s*", text):
+        raise ConfigError(f"{name} has {text!r}; write whole numbers above 0 with commas between them")
+    return int(text)

@@ -1,0 +1,344 @@
+"""Reads the text of a compiled program: loops and how often they turn, estimated cycles, bytes, collectives.
+
+XLA's own totals count the body of a loop once. Here every instruction that is executed is met with the number of times
+that it is: the product of the turns of the loops around it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator
+
+BYTES = {"pred": 1, "token": 0, "bf16": 2, "c64": 8, "c128": 16} | {
+    f"{kind}{bits}": bits / 8 for kind in "suf" for bits in (2, 4, 8, 16, 32, 64)
+}
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter", "ragged-all-to-all")
+NO_ESTIMATE = 2**63 - 1  # what the compiler writes where it makes none
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](\{[^{}]*\})?")
+_CALLED = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+)")
+_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all")
+_SLICES = ("dynamic-slice", "slice", "gather")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    opcode: str
+    type: str
+    operands: tuple[str, ...]
+    arguments: str  # what stands between the parentheses
+    attributes: str
+    is_root: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """Computations by name, each with its instructions by name, in order."""
+
+    computations: dict[str, dict[str, Instruction]]
+    entry: str
+
+
+# Turns of a loop that the text does not tell, given whether its body takes exponentials.
+Assumed = Callable[[bool], float]
+
+
+def parse(text: str) -> Module:
+    """The module that `compiled.as_text()` prints."""
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if header := _COMPUTATION.match(line):
+            current = computations.setdefault(header[2], {})
+            entry = header[2] if header[1] else entry
+        elif line.startswith("}"):
+            current = None
+        elif current is not None and (found := _INSTRUCTION.match(line)):
+            instruction = _instruction(found[2], found[3], bool(found[1]))
+            current[instruction.name] = instruction
+    if not entry:
+        raise ValueError("the text holds no ENTRY computation; is it an HLO module?")
+    return Module(computations, entry)
+
+
+def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
+    kind, rest = _split_type(rest)
+    opcode, _, rest = rest.partition("(")
+    end = _closing(rest)
+    arguments = rest[:end]
+    return Instruction(
+        name=name,
+        opcode=opcode.strip(),
+        type=kind,
+        operands=tuple(re.findall(r"%([\w.\-]+)", arguments)),
+        arguments=arguments,
+        attributes=rest[end + 1 :],
+        is_root=is_root,
+    )
+
+
+def _split_type(text: str) -> tuple[str, str]:
+    if not text.startswith("("):
+        kind, _, rest = text.partition(" ")
+        return kind, rest
+    end = _closing(text[1:]) + 2
+    return text[:end], text[end:].lstrip()
+
+
+def _closing(text: str) -> int:
+    """Place of the parenthesis that closes one opened before `text`."""
+    depth = 1
+    for match in re.finditer(r"[()]", text):
+        depth += 1 if match[0] == "(" else -1
+        if depth == 0:
+            return match.start()
+    return len(text)
+
+
+def walk(module: Module, assumed: Assumed | None = None) -> Iterator[tuple[str, Instruction, float]]:
+    """Executed instructions with the computation that they stand in and how often they are executed.
+
+    All branches of a conditional are met. What is inside of a fusion is not: the fusion is.
+
+    Args:
+      assumed: turns of loops whose number depends on data; None: one.
+    """
+    stack = [(module.entry, 1.0)]
+    while stack:
+        computation, times = stack.pop()
+        for instruction in module.computations[computation].values():
+            yield computation, instruction, times
+            if instruction.opcode == "while":
+                turns = trip_count(module, computation, instruction)
+                if turns is None:
+                    turns = assumed(takes_exponentials(module, _body(instruction))) if assumed else 1
+                stack.append((_body(instruction), times * turns))
+            elif instruction.opcode == "conditional":
+                stack += [(name, times) for name in _branches(instruction)]
+            elif instruction.opcode in ("call", "async-start"):
+                stack += [(name, times) for name in _CALLED.findall(instruction.attributes)]
+
+
+def unknown_loops(module: Module) -> int:
+    """Loops whose number of turns the text does not tell."""
+    return sum(
+        instruction.opcode == "while" and trip_count(module, computation, instruction) is None
+        for computation, instruction, _ in walk(module)
+    )
+
+
+def trip_count(module: Module, computation: str, loop: Instruction) -> int | None:
+    """Turns of a while loop that counts up to a constant; None where they depend on data."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
+        return int(known[1])
+    condition = module.computations[re.search(r"condition=%?([\w.\-]+)", loop.attributes)[1]]
+    root = next(i for i in condition.values() if i.is_root)
+    # The comparison may stand in a fusion of its own, whose parameters are then the root's operands.
+    compare, outer = root, None
+    if root.opcode == "fusion":
+        inner = module.computations[_CALLED.search(root.attributes)[1]]
+        compare, outer = next(i for i in inner.values() if i.is_root), (inner, root)
+    direction = re.search(r"direction=(\w+)", compare.attributes)
+    if compare.opcode != "compare" or direction is None or direction[1] not in ("LT", "LE", "GT", "GE"):
+        return None
+    left, right = (_resolve(condition, name, outer) for name in compare.operands)
+    if direction[1] in ("GT", "GE"):
+        left, right = right, left
+    if left is None or left.opcode != "get-tuple-element":
+        return None
+    place = _index(left)
+    carried = module.computations[computation].get(loop.operands[0])
+    start = _constant_at(module.computations[computation], carried, place)
+    limit = _number(right) if right is not None else None
+    if limit is None and right is not None and right.opcode == "get-tuple-element":
+        limit = _invariant(module, computation, loop, _index(right))
+    step = _step(module, computation, loop, place)
+    if start is None or limit is None or not step or step < 0:
+        return None
+    return max(0, -(-(limit + (direction[1] in ("LE", "GE")) - start) // step))
+
+
+def _resolve(condition: dict[str, Instruction], name: str, outer) -> Instruction | None:
+    """The instruction of the condition behind an operand of its comparison."""
+    if outer is not None:
+        inner, fusion = outer
+        operand = inner[name]
+        if operand.opcode == "parameter":
+            return condition.get(fusion.operands[int(operand.arguments)])
+        return operand
+    return _behind(condition, name)
+
+
+def _behind(computation: dict[str, Instruction], name: str) -> Instruction | None:
+    """The instruction of that name, seen through copies."""
+    found = computation.get(name)
+    while found is not None and found.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
+        found = computation.get(found.operands[0])
+    return found
+
+
+def _constant_at(computation: dict[str, Instruction], carried: Instruction | None, place: int) -> int | None:
+    if carried is None or carried.opcode != "tuple" or place >= len(carried.operands):
+        return None
+    found = _behind(computation, carried.operands[place])
+    return None if found is None else _number(found)
+
+
+def _invariant(module: Module, computation: str, loop: Instruction, place: int) -> int | None:
+    """A constant that the loop carries along unchanged."""
+    body = module.computations[_body(loop)]
+    root = next(i for i in body.values() if i.is_root)
+    if root.opcode != "tuple":
+        return None
+    passed = _behind(body, root.operands[place])
+    if passed is None or passed.opcode != "get-tuple-element" or _index(passed) != place:
+        return None
+    around = module.computations[computation]
+    return _constant_at(around, around.get(loop.operands[0]), place)
+
+
+def _step(module: Module, computation: str, loop: Instruction, place: int) -> int | None:
+    """What a turn adds to the entry `place` of the loop's tuple; None where that is no constant."""
+    body = module.computations[_body(loop)]
+    root = next(i for i in body.values() if i.is_root)
+    update = _behind(body, root.operands[place]) if root.opcode == "tuple" else None
+    if update is None:
+        return None
+    operands = [_behind(body, name) for name in update.operands]
+    if update.opcode == "fusion":  # of the addition alone
+        inner = module.computations[_CALLED.search(update.attributes)[1]]
+        update = next(i for i in inner.values() if i.is_root)
+        found = [inner[name] for name in update.operands]
+        operands = [operands[int(i.arguments)] if i.opcode == "parameter" else i for i in found]
+    if update.opcode != "add":
+        return None
+    for operand in operands:
+        number = _number(operand)
+        if number is None and operand is not None and operand.opcode == "get-tuple-element":
+            number = None if _index(operand) == place else _invariant(module, computation, loop, _index(operand))
+        if number is not None:
+            return number
+    return None
+
+
+def _index(instruction: Instruction) -> int:
+    return int(re.search(r"index=(\d+)", instruction.attributes)[1])
+
+
+def _number(instruction: Instruction | None) -> int | None:
+    if instruction is None or instruction.opcode != "constant":
+        return None
+    return int(instruction.arguments) if re.fullmatch(r"-?\d+", instruction.arguments) else None
+
+
+def _body(loop: Instruction) -> str:
+    return re.search(r"body=%?([\w.\-]+)", loop.attributes)[1]
+
+
+def _branches(instruction: Instruction) -> list[str]:
+    names = []
+    for several, one in _BRANCHES.findall(instruction.attributes):
+        names += re.findall(r"[\w.\-]+", several) if several else [one]
+    return names
+
+
+def takes_exponentials(module: Module, computation: str) -> bool:
+    """Whether a computation, or what it calls, takes exponentials: the mark of a loop that attends."""
+    return any(
+        instruction.opcode == "exponential"
+        or any(takes_exponentials(module, name) for name in _CALLED.findall(instruction.attributes))
+        for instruction in module.computations.get(computation, {}).values()
+    )
+
+
+def array_bytes(kind: str, space: int | None = None) -> float:
+    """Bytes of a type, a tuple's entries together; with `space` only of arrays in that memory (0: HBM)."""
+    total = 0.0
+    for dtype, shape, layout in ARRAY.findall(kind):
+        if dtype not in BYTES and not dtype.startswith("f8"):
+            continue
+        where = re.search(r"S\((\d+)\)", layout)
+        if space is not None and int(where[1] if where else 0) != space:
+            continue
+        total += BYTES.get(dtype, 1) * math.prod(int(n.lstrip("<=")) for n in shape.split(",") if n)
+    return total
+
+
+def hbm_bytes(module: Module, computation: str, instruction: Instruction) -> float:
+    """Bytes that one execution reads from and writes to HBM.
+
+    Of an array that is only sliced, the slices count; of one that is updated in place, the update.
+    """
+    opcode = instruction.opcode
+    if opcode in _FREE or opcode.endswith("-done"):
+        return 0.0
+    around = module.computations[computation]
+    operands = [around[name].type if name in around else "" for name in instruction.operands]
+    if opcode in _SLICES:
+        return 2 * array_bytes(instruction.type, 0)
+    if opcode == "dynamic-update-slice":
+        return 2 * array_bytes(operands[1], 0)
+    if opcode == "fusion":
+        called = _CALLED.search(instruction.attributes)[1]
+        read = sum(_read_bytes(module, called, i, kind) for i, kind in enumerate(operands))
+        return read + _written_bytes(module, called, instruction.type)
+    written = instruction.type
+    if opcode.endswith("-start"):  # the result also lists its operands and a semaphore
+        kinds = [dtype + f"[{shape}]" + layout for dtype, shape, layout in ARRAY.findall(written)]
+        written = kinds[0] if kinds else ""
+    return sum(array_bytes(kind, 0) for kind in operands) + array_bytes(written, 0)
+
+
+def _read_bytes(module: Module, computation: str, number: int, kind: str) -> float:
+    """Bytes of parameter `number`, of type `kind`, that a fused computation reads."""
+    full, instructions = array_bytes(kind, 0), module.computations[computation]
+    parameter = next((i for i in instructions.values() if i.opcode == "parameter" and i.arguments == str(number)), None)
+    if parameter is None or not full:
+        return full
+    total, names = 0.0, [parameter.name]
+    while names:
+        name = names.pop()
+        for user in instructions.values():
+            if name not in user.operands:
+                continue
+            place = user.operands.index(name)
+            if user.opcode in _SLICES and place == 0:
+                total += array_bytes(user.type)
+            elif user.opcode == "bitcast":
+                names.append(user.name)
+            elif user.opcode == "fusion":
+                total += _read_bytes(module, _CALLED.search(user.attributes)[1], place, kind)
+            elif not (user.opcode == "dynamic-update-slice" and place == 0):
+                return full
+    return min(total, full)
+
+
+def _written_bytes(module: Module, computation: str, kind: str) -> float:
+    """Bytes that a fused computation with a result of type `kind` writes."""
+    instructions = module.computations[computation]
+    root = next(i for i in instructions.values() if i.is_root)
+    results = [instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    total = 0.0
+    for result in results:
+        while result.opcode == "bitcast" and result.operands[0] in instructions:
+            result = instructions[result.operands[0]]
+        if result.opcode == "dynamic-update-slice":
+            total += array_bytes(instructions[result.operands[1]].type)
+        else:
+            total += array_bytes(result.type)
+    return min(total, array_bytes(kind, 0))
+
+
+def estimated_cycles(instruction: Instruction) -> int | None:
+    """The compiler's own estimate for one execution; None where it makes none."""
+    found = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
+    cycles = int(found[1]) if found else None
+    return None if cycles == NO_ESTIMATE else cycles

@@ -1,0 +1,55 @@
+"""Programs compiled by TPU's own compiler, without a TPU."""
+
+import dataclasses
+import importlib.util
+
+import pytest
+
+from flexattn_jax.costs.cases import Case
+from flexattn_jax.costs.lab import run_measurement
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None, reason='needs libtpu (no TPU): pip install "flexattn_jax[tpu]"'
+    ),
+]
+
+
+def measured(case: Case) -> dict:
+    order = {"case": dataclasses.asdict(case), "cache": None, "details": True, "steps": 0}
+    found = run_measurement(order, limit=900)
+    assert found["status"] == "ok", found
+    return found
+
+
+@pytest.mark.parametrize("target", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("program", ["matmul", "attention"])
+def test_estimates_lie_between_the_roofline_and_three_times_it(program, target):
+    found = measured(Case("none", program, target, preset="none", text=0))
+    deviation = found["estimated_seconds"] / found["roofline_seconds"]
+    print(f"{program}, {target}: {deviation:.2f} x the roofline")
+    assert 1 <= deviation <= 3
+
+
+# Wide enough that matrix products, and not the loop, are what is estimated.
+WIDE = {"preset": "7b", "depth": 4, "program": "decode", "target": "v5e:2x2"}
+
+
+@pytest.mark.parametrize("system", ["lowres", "flex:10%"])
+def test_scanned_and_unrolled_layers_are_estimated_alike(system):
+    scanned, unrolled = (measured(Case(system, layers=layers, **WIDE)) for layers in ("scanned", "unrolled"))
+    assert scanned["stablehlo"]["flops"] == pytest.approx(unrolled["stablehlo"]["flops"], rel=1e-12)
+    assert scanned["estimated_seconds"] == pytest.approx(unrolled["estimated_seconds"], rel=0.15)
+    assert scanned["stablehlo"]["operations"] < unrolled["stablehlo"]["operations"]
+
+
+def test_a_program_that_does_not_fit_is_a_result():
+    order = {
+        "case": dataclasses.asdict(Case("lowres", "decode", "v5e:1x1", preset="13b")),
+        "cache": None,
+        "details": True,
+        "steps": 0,
+    }
+    found = run_measurement(order, limit=900)
+    assert found["status"] == "does not fit" and "hbm" in found["message"]
