@@ -16,6 +16,7 @@ from flexattn_jax.training.data import (
     ConversationSource,
     Lengths,
     TrainSample,
+    collate,
     make_iterator,
     plan_epoch,
     split_off,
@@ -26,9 +27,10 @@ from flexattn_jax.training.loss import IGNORED
 class Numbers:
     """Samples whose ids tell them apart: text of length 4 + i % 9 beginning with i, no picture."""
 
-    def __init__(self, count, broken=()):
+    def __init__(self, count, broken, config):
         positions = np.array([4 + i % 9 for i in range(count)], np.int32)
         self.lengths, self._broken = Lengths(positions, np.zeros(count, np.int32)), broken
+        self._config = config
 
     def __len__(self):
         return len(self.lengths.positions)
@@ -42,11 +44,14 @@ class Numbers:
     def name(self, index):
         return f"sample {index}"
 
+    def collate(self, samples, length, readers):
+        return collate(samples, self._config, length, readers)
+
 
 def batches(config, count=50, batch_size=4, total=26, indices=None, broken=(), **plan):
     indices = np.arange(count) if indices is None else indices
     plan = BatchPlan(batch_size, Buckets(text_lengths=(16, 32)), (4,), **plan)
-    return BatchSource(Numbers(count, broken), indices, config, plan, total, threads=3)
+    return BatchSource(Numbers(count, broken, config), indices, config, plan, total, threads=3)
 
 
 def test_an_epoch_holds_every_sample_once_and_depends_on_seed_and_number():
@@ -123,7 +128,7 @@ def test_an_iterator_goes_on_where_its_state_says(small_config):
 
 def test_samples_beyond_the_largest_bucket_are_refused_before_training(small_config):
     plan = BatchPlan(4, Buckets(text_lengths=(16,)), (4,))
-    source = Numbers(8)
+    source = Numbers(8, (), small_config)
     source.lengths = Lengths(np.full(8, 64, np.int32), np.zeros(8, np.int32))
     with pytest.raises(BatchError, match="the limit is 16"):
         BatchSource(source, np.arange(8), small_config, plan, 2)
