@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flexattn_jax.config import ConfigError, VLMConfig
+from flexattn_jax.config import ConfigError, VisionConfig, VLMConfig
 from flexattn_jax.inputs.datasets.vsearch import decode_example
 from flexattn_jax.inputs.datasets.vsearch_scenes import CLASSES, COLOURS
 from flexattn_jax.inputs.images import preprocess
@@ -85,10 +85,12 @@ class TowerSource:
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(3, S, S) float32 and (O, 6) int32, see TowerBatch."""
         example = decode_example(self._rows[index])
+        pixels, (side, _) = preprocess(example.picture(), self._config)
         objects = np.full((self._most, 6), _NO_OBJECT, np.int32)
         for line, placed in zip(objects, example.objects, strict=False):
-            line[:] = CLASSES.index(placed.name), list(COLOURS).index(placed.colour), *placed.box
-        return preprocess(example.picture(), self._config)[0], objects
+            box = np.round(np.array(placed.box) * (self._config.image_size / side))
+            line[:] = CLASSES.index(placed.name), list(COLOURS).index(placed.colour), *box
+        return pixels, objects
 
     def collate(self, samples: Sequence[Any], length: int, readers: int) -> TowerBatch:
         """A batch; a row without a sample has no objects."""
@@ -113,8 +115,12 @@ def tower_loss(model: VLM, config: TowerConfig) -> Callable:
     """A LossFn over TowerBatch: cross-entropy of class and of colour at both resolutions.
 
     Its scalars are the shares of objects whose class and colour are right on the token of their middle.
+
+    Raises:
+      ConfigError: crops that the tower cannot read.
     """
     side = model.config.lowres_size
+    _check_crops(config, model.config)
 
     def loss_fn(params: dict, batch: TowerBatch, alpha: jax.Array, key: jax.Array | None) -> tuple[jax.Array, dict]:
         del alpha
@@ -145,6 +151,17 @@ def tower_loss(model: VLM, config: TowerConfig) -> Callable:
         return loss, {name: (hit & middle).sum() / jnp.maximum(middle.sum(), 1) for name, hit in right.items()}
 
     return loss_fn
+
+
+def _check_crops(tower: TowerConfig, config: VLMConfig) -> None:
+    side, patch = tower.crop_side, config.vision.patch_size
+    if side % patch:
+        raise ConfigError(f"tower.crop_side {side} is no multiple of the patch size {patch}")
+    if side > config.image_size:
+        raise ConfigError(f"tower.crop_side {side} is larger than the pictures, {config.image_size}; lower it")
+    if isinstance(config.vision, VisionConfig) and side > config.vision.image_size:
+        native = config.vision.image_size
+        raise ConfigError(f"tower.crop_side {side} is larger than what the tower reads, {native}; lower it")
 
 
 def vary(key: jax.Array, pixels: jax.Array, objects: jax.Array) -> tuple[jax.Array, jax.Array]:
