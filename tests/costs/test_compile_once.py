@@ -62,9 +62,8 @@ def test_batches_of_a_bucket_look_alike():
 def test_each_bucket_and_the_training_step_are_compiled_once(tiny):
     config, params = tiny
     model = VLM(config)
-    batches = [
-        make_batch(questions(config, seed, words), config, Buckets()) for seed, words in ((0, 4), (1, 20), (2, 9))
-    ]
+    asked = ((0, 4), (1, 20), (2, 9))
+    batches = [make_batch(questions(config, seed, words), config, Buckets()) for seed, words in asked]
     scoring = jax.jit(functools.partial(score, model))
     generating = jax.jit(functools.partial(generate, model), static_argnames="capacity")
     for number, batch in enumerate(batches):
