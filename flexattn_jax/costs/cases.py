@@ -50,12 +50,14 @@ class Case:
     @property
     def name(self) -> str:
         """Tells the case from every other, for people and as a key."""
-        parts = [self.preset, self.system, self.program, self.layers, self.target]
+        model = [self.preset, self.system] if self.program not in CHECKS else []
+        parts = [*model, self.program, self.layers, self.target]
         parts += [f"remat {self.remat}"] if self.remat != "none" else []
         parts += [f"{self.depth} layers"] if self.depth else []
         parts += [f"by {self.ranking}"] if self.ranking != "cells" else []
         parts += [f"zoom {self.zoom}"] if self.zoom else []
-        parts += [f"batch {self.batch}", f"text {self.text}", self.dtype]
+        parts += [f"batch {self.batch}", f"text {self.text}"] if model else []
+        parts += [self.dtype]
         return ", ".join(parts + ([self.options] if self.options else []))
 
 

@@ -28,15 +28,15 @@ def measure(order: dict[str, Any]) -> dict[str, Any]:
         `details` (False: seconds only), `steps` (runs to time where the target can run).
 
     Returns:
-      `status`, `message` where it is not OK, `seconds` and `host_peak_bytes`, and with details the counts and
-      estimates; see docs/compile_costs.md.
+      `status`, `message` where it is not OK, `seconds`, `host_peak_bytes` and whether the program was `cached`, and
+      with details the counts and estimates; see docs/compile_costs.md.
     """
     from flexattn_jax.costs.cases import Case, compiler_options
     from flexattn_jax.costs.programs import build
 
     case = Case(**order["case"])
     target = parse_target(case.target)
-    _set_cache(order["cache"])
+    hits = _set_cache(order["cache"])
     try:
         devices = open_devices(target)
     except MissingCompiler as error:
@@ -57,6 +57,7 @@ def measure(order: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:  # whatever a compiler raises belongs into the table
         reading |= {"status": NO_ROOM if "RESOURCE_EXHAUSTED" in str(error) else FAILED, "message": _sentence(error)}
     clock.append(time.perf_counter())
+    reading["cached"] = bool(hits)
     reading["seconds"] = {
         name: end - start for name, start, end in zip(("trace", "lower", "compile"), clock, clock[1:], strict=False)
     }
@@ -109,14 +110,20 @@ def details(case: Any, target: Target, program: Any, lowered: Any, compiled: Any
     }
 
 
-def _set_cache(folder: str | None) -> None:
+def _set_cache(folder: str | None) -> list[str]:
+    """Turns the persistent cache on or off; the list that it returns grows with each program that the cache had."""
     import jax
 
+    hits: list[str] = []
+    jax.monitoring.register_event_listener(
+        lambda event, **_: hits.append(event) if event == "/jax/compilation_cache/cache_hits" else None
+    )
     jax.config.update("jax_enable_compilation_cache", folder is not None)
     if folder is not None:
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return hits
 
 
 def _run(program: Any, compiled: Any, steps: int) -> dict[str, Any]:

@@ -107,6 +107,11 @@ def _estimate_over_roofline(row: Row) -> float | None:
     return estimate / roofline if estimate and roofline else None
 
 
+def _warm(row: Row) -> Spread | str | None:
+    found = row.warm_seconds("compile")
+    return found if found is None or row.warm[0].reading.get("cached") else "not cached"
+
+
 def _step(row: Row) -> Spread | None:
     seconds = row.value("step_seconds")
     return Spread(tuple(seconds)) if seconds else None
@@ -151,7 +156,7 @@ COLUMNS: dict[str, Column] = {
     "trace_s": Column("trace s", MEASURED, lambda row: row.seconds("trace")),
     "lower_s": Column("lower s", MEASURED, lambda row: row.seconds("lower")),
     "compile_s": Column("compile s", MEASURED, lambda row: row.seconds("compile")),
-    "warm_s": Column("compile s, warm cache", MEASURED, lambda row: row.warm_seconds("compile")),
+    "warm_s": Column("compile s, warm cache", MEASURED, _warm),
     "host_peak": Column("compiler's memory", MEASURED, lambda row: row.value("host_peak_bytes"), size),
     "operations": Column("StableHLO operations", COUNTED, lambda row: row.value("stablehlo", "operations")),
     "stablehlo_bytes": Column("StableHLO size", COUNTED, lambda row: row.value("stablehlo", "bytes"), size),
@@ -172,7 +177,17 @@ COLUMNS: dict[str, Column] = {
     "over_roofline": Column("estimate / roofline", ESTIMATED, _estimate_over_roofline, lambda value: f"{value:.2f}"),
     "step_s": Column("step s", MEASURED, _step),
 }
-TERMINAL = ("compile_s", "host_peak", "operations", "executable", "peak", "tflop", "roofline_ms", "estimate_ms")
+TERMINAL = (
+    "compile_s",
+    "host_peak",
+    "operations",
+    "executable",
+    "peak",
+    "tflop",
+    "roofline_ms",
+    "estimate_ms",
+    "over_roofline",
+)
 
 
 def labels(found: Sequence[Row]) -> list[str]:
@@ -232,10 +247,10 @@ def csv_text(found: Sequence[Row]) -> str:
         cells: list[Any] = []
         for name, column in COLUMNS.items():
             value = column.value(row)
-            if name in spreads:
+            if name in spreads and not isinstance(value, str):
                 cells += [value.median, min(value.values), max(value.values)] if value else ["", "", ""]
             else:
-                cells.append("" if value is None else value)
+                cells += ["" if value is None else value, *(["", ""] if name in spreads else [])]
         own = dataclasses.asdict(row.case)
         writer.writerow([*(own[field] for field in fields), *cells, len(row.readings), row.busy_readings, row.message])
     return out.getvalue()

@@ -17,7 +17,7 @@ from flexattn_jax.costs.cases import Case
 from flexattn_jax.costs.charts import draw_charts
 from flexattn_jax.costs.compare import compare
 from flexattn_jax.costs.records import COLD, WARM, Costs, write_costs
-from flexattn_jax.costs.table import csv_text, markdown, rich_table, rows, size
+from flexattn_jax.costs.table import COLUMNS, csv_text, markdown, rich_table, rows, size
 
 LOWRES, FLEX = Case("lowres", "prefill", "v5e:2x2"), Case("flex:10%", "prefill", "v5e:2x2")
 DETAILS = {
@@ -47,9 +47,12 @@ def test_seconds_are_a_median_with_its_spread_and_failures_are_rows():
 
 
 def test_warm_readings_stand_apart():
-    warm = costs((LOWRES, reading(0.5)), kind=WARM)
+    warm = costs((LOWRES, reading(0.5, cached=True)), (FLEX, reading(7.0, cached=False)), kind=WARM)
     both = dataclasses.replace(warm, records=(*two_rows().records, *warm.records))
-    (row,) = rows([LOWRES], both)
+    row, uncached = rows([LOWRES, FLEX], both)
+    assert COLUMNS["warm_s"].value(uncached) == "not cached" and str(COLUMNS["warm_s"].value(row)) == "0.5"
+    lines = list(csv.DictReader(io.StringIO(csv_text([row, uncached]))))
+    assert [line["warm_s"] for line in lines] == ["0.5", "not cached"] and lines[1]["readings"] == "1"
     assert str(row.warm_seconds("compile")) == "0.5" and row.seconds("compile").median == 3
     assert {record.kind for record in row.readings} == {COLD}
 
