@@ -48,7 +48,7 @@ def get_config(arg: str = "flex") -> config_dict.ConfigDict:
             "seed": 0,
             "data_dir": "",
             "keep_views": True,
-            "text_lengths": (272,),
+            "text_lengths": (292,),
             "answer_rows": (128,),
             "eval_samples": 128,
             "window": 1,

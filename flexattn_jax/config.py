@@ -360,7 +360,7 @@ _PRESETS = {
     "mini": VLMConfig(
         vision=ConvVisionConfig(),
         decoder=DecoderConfig(
-            vocab_size=128, width=128, mlp_dim=352, num_layers=5, num_heads=4, num_kv_heads=4, head_dim=32
+            vocab_size=128, width=96, mlp_dim=256, num_layers=5, num_heads=4, num_kv_heads=4, head_dim=24
         ),
         flexattention=FlexAttentionConfig(
             zoom_ratio=4, first_layer=1, selection="top_k", cell_grid=8, capacity=8

@@ -1,7 +1,7 @@
 """vsearch: asks a model all questions about every picture, and finds out what its selection is worth.
 
 A picture is encoded once, and all options of all its questions are scored in one pass behind the prefix that they
-share (Batch.segments): the losses are those of scoring each option alone. Beside the answers it counts how often the
+share (Batch.blocks): the losses are those of scoring each option alone. Beside the answers it counts how often the
 cells that a row reads hold the object that it is asked about, and other objects; and it asks again with other cells in
 place of the selected ones (`SWAPS`).
 """
@@ -70,6 +70,7 @@ class Packed:
 
     sample: Sample
     options: tuple[_Option, ...]
+    block: int  # n, see Batch.blocks
     learned: np.ndarray  # (T,) bool, tokens of the options
     length: int
     answer_lengths: list[tuple[int, int]]  # of each question: prompt with its right answer, and the answer alone
@@ -97,10 +98,16 @@ def ask_all(
     """
     if swap is not None and (swap not in SWAPS or not vlm.config.reads_highres):
         raise ValueError(f"swap is {swap!r}; it must be one of {', '.join(SWAPS)}, of a model that reads cells")
-    forward = jax.jit(functools.partial(_forward, VLM(vlm.config)))
+    forward = functools.partial(_forward, VLM(vlm.config))
     packed = [pack_options(vlm.tokenizer, example, vlm.config) for example in examples]
+    block = max(p.block for p in packed)  # the same in every batch
+    packed = [
+        p if p.block == block else pack_options(vlm.tokenizer, example, vlm.config, block)
+        for p, example in zip(packed, examples, strict=True)
+    ]
     length = _rounded(max(p.length for p in packed)) - vlm.config.num_lowres_tokens
     readers = _rounded(max(int(p.learned.sum()) for p in packed))
+    buckets = Buckets(text_lengths=(length,), block_lengths=(block,))
     rng = np.random.default_rng(seed)
     for first in range(0, len(examples), batch_size):
         group = packed[first : first + batch_size]
@@ -109,7 +116,7 @@ def ask_all(
             p.sample._replace(**dict(zip(("pixels", "size"), preprocess(e.picture(), vlm.config), strict=True)))
             for p, e in zip(group, shown, strict=True)
         ]
-        batch = make_batch(samples, vlm.config, Buckets(text_lengths=(length,)), pad_batch_to=batch_size)
+        batch = make_batch(samples, vlm.config, buckets, pad_batch_to=batch_size)
         rows = np.full((batch_size, readers), batch.token_ids.shape[1], np.int32)
         for line, p in zip(rows, group, strict=False):
             reading = np.flatnonzero(p.learned) - 1
@@ -127,6 +134,7 @@ def ask_all(
         yield answers
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _forward(model: VLM, params: dict, batch: Batch, rows: jax.Array, given: Any) -> tuple[jax.Array, Any, Any]:
     """Losses (B, T) of each token given those before it, the cells read (reading layers, B, R, C), the views."""
     views = batch.views if batch.views is not None else model.apply({"params": params}, batch.pixels, method="see")
@@ -137,11 +145,14 @@ def _forward(model: VLM, params: dict, batch: Batch, rows: jax.Array, given: Any
     return jnp.pad(losses, ((0, 0), (1, 0))), cells, views
 
 
-def pack_options(tokenizer: Tokenizer, example: Example, config: VLMConfig) -> Packed:
-    """All options of all questions about a picture behind the common beginning of their prompts."""
+def pack_options(tokenizer: Tokenizer, example: Example, config: VLMConfig, block: int | None = None) -> Packed:
+    """All options of all questions about a picture behind the common beginning of their prompts.
+
+    Args:
+      block: positions of each, see Batch.blocks; None: what the longest needs.
+    """
     slots = config.num_lowres_tokens
-    ids, segments, learned, options = [], [], [], []
-    place = 0
+    ids, segments, learned, made = [], [], [], []
     for number, asked in enumerate(example.questions):
         texts = []
         for option in asked.options:
@@ -149,7 +160,6 @@ def pack_options(tokenizer: Tokenizer, example: Example, config: VLMConfig) -> P
             cut = int(np.flatnonzero(own == IMAGE_PLACEHOLDER)[0]) + 1
             if not ids:
                 ids, segments, learned = [own[:cut]], [np.zeros(cut, np.int32)], [own_learned[:cut]]
-                place = cut - 1 + slots
             texts.append((own[cut:], own_learned[cut:]))
         same = _common_length([text for text, _ in texts])
         for k, (text, text_learned) in enumerate(texts):
@@ -157,16 +167,22 @@ def pack_options(tokenizer: Tokenizer, example: Example, config: VLMConfig) -> P
             segments.append(np.full(len(text), len(segments), np.int32))
             learned.append(text_learned)
             prompt = int((~text_learned).sum())
-            options.append(_Option(number, k, place, prompt, len(text), place + same - 1))
-            place += len(text)
-    flat = np.concatenate(learned)
-    beginning = len(learned[0])
-    expanded = np.concatenate([flat[: beginning - 1], np.zeros(slots, bool), flat[beginning:]])
+            made.append((number, k, prompt, len(text), same))
+    beginning, block = len(ids[0]) - 1 + slots, block or Buckets().block_length(max(map(len, ids[1:])))
+    places = [beginning + block * k for k in range(len(made))]
+    options = [
+        _Option(number, k, place, prompt, length, place + same - 1)
+        for place, (number, k, prompt, length, same) in zip(places, made, strict=True)
+    ]
+    place = beginning + block * len(made)
+    expanded = np.zeros(place, bool)
+    for first, own in zip(places, learned[1:], strict=True):
+        expanded[first : first + len(own)] = own
     sample = Sample(np.concatenate(ids), segments=np.concatenate(segments))
     right = [o for o in options if o.option == example.questions[o.question].answer]
     before = options[0].first
     lengths = [(before + option.length, option.length - option.prompt) for option in right]
-    return Packed(sample, tuple(options), expanded, place, lengths)
+    return Packed(sample, tuple(options), block, expanded, place, lengths)
 
 
 def _common_length(texts: Sequence[np.ndarray]) -> int:
@@ -178,7 +194,7 @@ def _common_length(texts: Sequence[np.ndarray]) -> int:
 def _judge(
     example: Example, packed: Packed, losses: np.ndarray, read: tuple[np.ndarray, np.ndarray] | None, config: VLMConfig
 ) -> Iterator[Answer]:
-    owner = np.array([_cell_of(placed.box, config) for placed in example.objects]) if read is not None else None
+    owner = _object_cells(example, config) if read is not None else None
     for number, asked in enumerate(example.questions):
         own = [option for option in packed.options if option.question == number]
         values = tuple(float(losses[o.first + o.prompt : o.first + o.length].mean()) for o in own)
@@ -211,11 +227,12 @@ def _judge(
         yield answer
 
 
-def _cell_of(box: Sequence[int], config: VLMConfig) -> int:
-    """The cell that holds the middle of a box in pixels of a picture of `config.image_size`."""
-    side = config.flexattention.cell_grid
-    x, y = ((box[i] + box[2 + i] / 2) * config.highres_grid // config.image_size for i in (0, 1))
-    return int(y * side // config.highres_grid) * side + int(x * side // config.highres_grid)
+def _object_cells(example: Example, config: VLMConfig) -> np.ndarray:
+    """(objects,) int, the cell that holds the middle of each object; the picture may be shown at another size."""
+    scale, side = config.highres_grid / example.picture().width, config.flexattention.cell_grid
+    boxes = np.array([placed.box for placed in example.objects])
+    x, y = ((boxes[:, :2] + boxes[:, 2:] / 2) * scale).astype(int).T * side // config.highres_grid
+    return y * side + x
 
 
 def _swapped(
@@ -233,7 +250,7 @@ def _swapped(
     for k, (packed, example) in enumerate(zip(group, shown, strict=True)):
         place = {int(row): i for i, row in enumerate(rows[k]) if row < packed.length}
         with_object = np.zeros(count, bool)
-        with_object[[_cell_of(placed.box, config) for placed in example.objects]] = True
+        with_object[_object_cells(example, config)] = True
         for option in packed.options:
             partner = _partner(option, packed.options)
             for row in range(option.first + option.prompt - 1, option.first + option.length - 1):

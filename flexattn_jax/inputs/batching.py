@@ -32,8 +32,9 @@ class Batch:
         content: (B, N) bool, False on image slots that show only padding (all True without a picture).
         pixels: (B, 3, S, S) float32 normalised, zeros for a sample without a picture; None if no sample has one.
         views: what the tower saw of the pictures (`VLM.see`), in place of pixels.
-        segments: (B, T) int32, several texts after one beginning: 0 for the beginning, which all of them read, 1,
-            2, ... for texts that read it and themselves, as if each followed it alone; None: a sample is one text.
+        blocks: (P, n) of a batch whose samples hold several texts behind one beginning: the first P positions are the
+            beginning, which all of them read; every n positions after it are one text, padded on the right, which
+            reads the beginning and itself, as if it followed it alone. None: every sample is one text.
     """
 
     token_ids: Any
@@ -42,7 +43,7 @@ class Batch:
     content: Any
     pixels: Any = None
     views: Any = None
-    segments: Any = None
+    blocks: tuple[int, int] | None = flax.struct.field(pytree_node=False, default=None)
 
 
 @flax.struct.dataclass
@@ -66,7 +67,8 @@ class Sample(NamedTuple):
         pixels: (3, S, S) float32 from `images.preprocess`, or None without a picture.
         size: (width, height) of the picture before padding; None if it fills the square.
         views: what the tower saw of the picture, without a batch axis, in place of pixels.
-        segments: (n,) int, of each id, see Batch.segments; None: one text.
+        segments: (n,) int, ascending, which text each id belongs to: 0 is the beginning, then 1, 2, ... (Batch.blocks);
+            None: one text.
     """
 
     ids: Sequence[int]
@@ -86,6 +88,7 @@ class Buckets:
 
     text_lengths: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)  # without the picture's N slots
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
+    block_lengths: tuple[int, ...] = (8, 16, 24, 32, 64, 128, 256)  # n, of texts that share a beginning
     option_lengths: tuple[int, ...] = (8, 32, 128, 256)  # To
     option_counts: tuple[int, ...] = (4, 8, 32)  # O
 
@@ -102,6 +105,10 @@ class Buckets:
     def batch_size(self, needed: int) -> int:
         """The bucket for `needed` samples; BatchError if there are more than the largest."""
         return _round_up(needed, self.batch_sizes, "a batch has {0} samples", "split it")
+
+    def block_length(self, needed: int) -> int:
+        """The bucket for a text of `needed` tokens behind a beginning; BatchError if it is longer than the largest."""
+        return _round_up(needed, self.block_lengths, "a text behind a common beginning has {0} tokens", "shorten it")
 
     def option_length(self, needed: int) -> int:
         """The bucket for an option of `needed` tokens; BatchError if it is longer than the largest."""
@@ -192,8 +199,14 @@ def make_batch(
     from_pixels = any(sample.pixels is not None for sample in samples)
     if from_pixels and any(sample.views is not None for sample in samples):
         raise BatchError("a batch holds pixels of some samples and views of others; give one of the two for all")
-    longest = max(len(ids) for ids, _ in expanded)
+    blocks = _find_blocks(samples, expanded, slots, buckets)
+    longest = max(
+        text_places(s.segments, len(ids), start, slots, blocks)[-1] + 1
+        for s, (ids, start) in zip(samples, expanded, strict=True)
+    )
     length = slots + buckets.text_length(longest - slots) if with_picture else buckets.text_length(longest)
+    if blocks is not None:
+        length -= (length - blocks[0]) % blocks[1]
 
     batch = Batch(
         token_ids=np.zeros((rows, length), np.int32),
@@ -202,15 +215,13 @@ def make_batch(
         content=np.ones((rows, slots), bool),
         pixels=np.zeros((rows, 3, config.image_size, config.image_size), np.float32) if from_pixels else None,
         views=_stacked_views(samples, rows),
-        segments=np.zeros((rows, length), np.int32) if any(s.segments is not None for s in samples) else None,
+        blocks=blocks,
     )
     for row, (sample, (ids, start)) in enumerate(zip(samples, expanded, strict=True)):
-        batch.token_ids[row, : len(ids)] = ids
-        batch.lengths[row] = len(ids)
+        places = text_places(sample.segments, len(ids), start, slots, blocks)
+        batch.token_ids[row, places] = ids
+        batch.lengths[row] = places[-1] + 1
         batch.image_start[row] = start
-        if sample.segments is not None:
-            batch.segments[row, : len(ids)] = expand_segments(sample.segments, start, slots)
-            batch.segments[row, len(ids) :] = -1  # padding, which nothing reads
         if start >= 0:
             if sample.pixels is not None:
                 batch.pixels[row] = sample.pixels
@@ -219,11 +230,44 @@ def make_batch(
     return batch
 
 
-def expand_segments(segments: np.ndarray, start: int, slots: int) -> np.ndarray:
-    """Makes room for the picture in segments, as `expand_image_tokens` does in ids."""
-    if start < 0:
-        return segments
-    return np.concatenate([segments[:start], np.full(slots, segments[start]), segments[start + 1 :]])
+def text_places(
+    segments: np.ndarray | None, length: int, start: int, slots: int, blocks: tuple[int, int] | None
+) -> np.ndarray:
+    """Where in the sequence each of a sample's tokens stands: (length,) int.
+
+    Args:
+        segments: Sample.segments, of the ids before the picture's N = `slots` tokens were expanded.
+        length: of the expanded ids; start: the first of the picture's, -1 without one.
+        blocks: Batch.blocks.
+    """
+    place = np.arange(length)
+    if segments is None:
+        return place
+    if start >= 0 and len(segments) < length:
+        segments = np.insert(segments, start, np.full(slots - 1, segments[start]))
+    firsts = np.searchsorted(segments, segments)  # where each one's text begins
+    return np.where(segments == 0, place, blocks[0] + (segments - 1) * blocks[1] + place - firsts)
+
+
+def _find_blocks(
+    samples: Sequence[Sample], expanded: Sequence[tuple[np.ndarray, int]], slots: int, buckets: Buckets
+) -> tuple[int, int] | None:
+    """Batch.blocks of these samples; BatchError if their beginnings differ in length."""
+    if not any(sample.segments is not None for sample in samples):
+        return None
+    beginnings, longest = set(), 1
+    for sample, (_, start) in zip(samples, expanded, strict=True):
+        if sample.segments is not None:
+            counts = np.bincount(sample.segments)
+            beginnings.add(
+                int(counts[0]) + (slots - 1 if start >= 0 and len(sample.ids) == len(sample.segments) else 0)
+            )
+            longest = max(longest, *counts[1:])
+    if len(beginnings) > 1:
+        raise BatchError(
+            f"texts share beginnings of {sorted(beginnings)} positions; those of one batch must be as long"
+        )
+    return beginnings.pop(), buckets.block_length(int(longest))
 
 
 def _stacked_views(samples: Sequence[Sample], rows: int) -> Any:

@@ -13,7 +13,7 @@ from flexattn_jax.config import DecoderConfig, VLMConfig
 from flexattn_jax.highres import flexattention
 from flexattn_jax.highres.flexattention import Picture, Rows
 from flexattn_jax.models.layers import Kernel, Linear, layer_stack
-from flexattn_jax.ops.attention import attend, merge
+from flexattn_jax.ops.attention import attend, attend_blocks, merge
 from flexattn_jax.ops.cache import SegmentCache, close_layer, open_layer, read_sequence, write_sequence
 from flexattn_jax.ops.rope import apply_rope, rope_table
 from flexattn_jax.ops.selection import Selection
@@ -25,8 +25,9 @@ class Step:
 
     positions: (B, T) int32, places of this call's tokens in the sequence (rotation, cache slots).
     cos, sin: (B, T, d/2) float32, filled in by the decoder.
-    mask: bool, broadcastable to (B, T, T), which of this call's tokens each of them may read; needed where they
-      continue a cache without being appended to it. None: the earlier ones and itself.
+    mask: bool, broadcastable to (B, T, T), which of this call's tokens each of them may read, where they continue a
+      cache without being appended to it; everywhere else it is the earlier ones and itself.
+    blocks: Batch.blocks.
     past: (B,) int32, tokens already in the cache, all of which are read; None: this call starts the sequence.
     picture, rows: None where no row of this call reads high resolution.
     alpha: () float32, see flex_attention; None: 1.
@@ -47,6 +48,7 @@ class Step:
     alpha: jax.Array | None = None
     key: jax.Array | None = None
     given: jax.Array | None = None
+    blocks: tuple[int, int] | None = flax.struct.field(pytree_node=False, default=None)
     append: bool = flax.struct.field(pytree_node=False, default=True)
     capture: bool = flax.struct.field(pytree_node=False, default=False)
 
@@ -85,7 +87,10 @@ class SelfAttention(nn.Module):
                 value=write_sequence(cache.value, at, value, step.past),
             )
         if step.past is None:
-            lowres, keys = attend(query, key, value, step.mask, causal=step.mask is None), key
+            if step.blocks is None:
+                lowres, keys = attend(query, key, value, causal=True), key
+            else:
+                lowres, keys = attend_blocks(query, key, value, *step.blocks), key
         else:
             keys, values = read_sequence(cache.key, at), read_sequence(cache.value, at)
             place = jnp.arange(keys.shape[1])

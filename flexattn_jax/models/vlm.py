@@ -174,17 +174,17 @@ class VLM(nn.Module):
         length = hidden.shape[1]
         last = batch.lengths[:, None] - 1
         rows = self._rows(picture, last if readers is None else readers, length)
-        positions, mask = jnp.broadcast_to(jnp.arange(length), hidden.shape[:2]), None
-        if batch.segments is not None:
+        positions = jnp.arange(length)
+        if batch.blocks is not None:
             if picture is not None and self.config.flexattention.variant == "paper":
                 raise BatchError(
                     'texts that share a beginning cannot be read by flexattention.variant "paper", in which one row '
                     'selects for the whole sample; give each a sample of its own, or set it to "released"'
                 )
-            positions, mask = segment_positions(batch.segments), segment_mask(batch.segments)
+            positions = block_positions(length, *batch.blocks)
         step = Step(
-            positions=positions,
-            mask=mask,
+            positions=jnp.broadcast_to(positions, hidden.shape[:2]),
+            blocks=batch.blocks,
             picture=picture,
             rows=rows,
             alpha=alpha,
@@ -212,7 +212,7 @@ class VLM(nn.Module):
         Raises:
           BatchError: texts that share a beginning, which a cache cannot continue.
         """
-        if batch.segments is not None:
+        if batch.blocks is not None:
             raise BatchError("texts that share a beginning cannot be continued; give each prompt a sample of its own")
         hidden, picture, named = self.assemble(batch, features)
         length = hidden.shape[1]
@@ -291,17 +291,7 @@ class VLM(nn.Module):
         return Rows(every, readers[:, :1])
 
 
-def segment_positions(segments: jax.Array) -> jax.Array:
-    """Positions (B, T) int32 in which each text goes on where the common beginning ends; see Batch.segments."""
-    place = jnp.arange(segments.shape[1])
-    begins = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
-    own = place - jax.lax.cummax(jnp.where(begins, place, 0), axis=1)
-    common = (segments == 0).sum(axis=1, keepdims=True)
-    return jnp.where(segments == 0, place, common + own)
-
-
-def segment_mask(segments: jax.Array) -> jax.Array:
-    """(B, T, T) bool: which earlier positions each position reads; see Batch.segments."""
-    place = jnp.arange(segments.shape[1])
-    own = (segments[:, :, None] == segments[:, None]) | (segments[:, None] == 0)
-    return own & (place[:, None] >= place)
+def block_positions(length: int, beginning: int, block: int) -> jax.Array:
+    """(T,) int32, positions in which every text goes on where the common beginning ends; see Batch.blocks."""
+    place = jnp.arange(length)
+    return jnp.where(place < beginning, place, beginning + (place - beginning) % block)

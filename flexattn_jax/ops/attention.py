@@ -44,6 +44,27 @@ def attend(
     return jax.lax.platform_dependent(query, key, value, mask, cpu=head_by_head, default=_all_heads)
 
 
+def attend_blocks(
+    query: jax.Array, key: jax.Array, value: jax.Array, beginning: int, block: int
+) -> tuple[jax.Array, jax.Array]:
+    """Causal attention of a beginning and of equal blocks behind it, each of which reads the beginning and itself.
+
+    Args:
+      query: (B, T, H, d), T = beginning + Q * block; key, value: (B, T, J*d).
+      beginning, block: positions, static.
+
+    Returns:
+      As `attend`.
+    """
+    batch, _, heads, width = query.shape
+    head = tuple(x[:, :beginning] for x in (query, key, value))
+    tail = tuple(x[:, beginning:] for x in (query, key, value))
+    own_out, own_lse = attend(*(x.reshape(-1, block, *x.shape[2:]) for x in tail), causal=True)
+    own = own_out.reshape(batch, -1, heads, width), own_lse.reshape(batch, -1, heads)
+    parts = attend(*head, causal=True), merge(attend(tail[0], *head[1:]), own)
+    return tuple(jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+
+
 def _all_heads(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`attend` as products batched over heads."""
     weights, lse = _softmax(jnp.where(mask[:, None], scaled_logits(query, key), MASKED))

@@ -345,7 +345,8 @@ def collate(samples: Sequence[TrainSample | None], config: VLMConfig, length: in
         side = config.image_size
         batch = batch.replace(pixels=np.zeros((len(samples), 3, side, side), np.float32))
     labels = [np.where(s.learned, s.sample.ids, IGNORED) for s in samples]
-    labels = expand_labels(labels, batch.image_start, slots, length)
+    segments = [s.sample.segments for s in samples]
+    labels = expand_labels(labels, batch.image_start, slots, batch.token_ids.shape[1], segments, batch.blocks)
     labels[:, 0] = IGNORED  # nothing predicts the first token
     return TrainBatch(batch, labels, answer_rows(labels, batch.image_start, readers))
 

@@ -9,13 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flexattn_jax.inputs.batching import Batch
+from flexattn_jax.inputs.batching import Batch, text_places
 from flexattn_jax.models.vlm import VLM
 
 IGNORED = -100  # label of a token that no loss is taken on
 
 
-def expand_labels(labels: Sequence[np.ndarray], image_start: Sequence[int], slots: int, length: int) -> np.ndarray:
+def expand_labels(
+    labels: Sequence[np.ndarray],
+    image_start: Sequence[int],
+    slots: int,
+    length: int,
+    segments: Sequence[np.ndarray | None] | None = None,
+    blocks: tuple[int, int] | None = None,
+) -> np.ndarray:
     """Makes room for the picture in labels, as batching does in ids: its slots and the right padding are IGNORED.
 
     Args:
@@ -23,15 +30,17 @@ def expand_labels(labels: Sequence[np.ndarray], image_start: Sequence[int], slot
       image_start: (B,) place of the place-holder, -1 for a sample without a picture.
       slots: N.
       length: T.
+      segments: of each sample, Sample.segments; blocks: Batch.blocks.
 
     Returns:
       (B, T) int32.
     """
     expanded = np.full((len(labels), length), IGNORED, np.int32)
-    for line, own, start in zip(expanded, labels, image_start, strict=True):
+    segments = [None] * len(labels) if segments is None else segments
+    for line, own, start, texts in zip(expanded, labels, image_start, segments, strict=True):
         if start >= 0:
             own = np.concatenate([own[:start], np.full(slots, IGNORED), own[start + 1 :]])
-        line[: len(own)] = own
+        line[text_places(texts, len(own), start, slots, blocks)] = own
     return expanded
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from flexattn_jax.config import IMAGE_PLACEHOLDER, VLMConfig
-from flexattn_jax.inputs.batching import Sample
+from flexattn_jax.inputs.batching import Buckets, Sample
 from flexattn_jax.inputs.conversations import Turn, tokenize_conversation
 from flexattn_jax.inputs.datasets.vsearch import decode_example
 from flexattn_jax.inputs.datasets.vsearch_examples import VisualQuestion
@@ -32,7 +32,7 @@ class SearchSource:
         self._texts = [pack_questions(tokenizer, decode_example(row).questions) for row in rows]
         slots = config.num_lowres_tokens
         self.lengths = Lengths(
-            np.array([len(ids) + slots - 1 for ids, _, _ in self._texts], np.int32),
+            np.array([_positions(segments, slots) for _, segments, _ in self._texts], np.int32),
             np.array([learned.sum() for _, _, learned in self._texts], np.int32),
         )
         self.digest = hashlib.sha256(f"{digest} {[ids.tolist() for ids, _, _ in self._texts]}".encode()).hexdigest()
@@ -60,13 +60,19 @@ class SearchSource:
         return collate(samples, self._config, length, readers)
 
 
+def _positions(segments: np.ndarray, slots: int) -> int:
+    """Of a sample in a batch: its beginning with the picture, and a block for each question."""
+    beginning, *texts = np.bincount(segments)
+    return int(beginning) + slots - 1 + len(texts) * Buckets().block_length(int(max(texts, default=1)))
+
+
 def pack_questions(
     tokenizer: Tokenizer, questions: Sequence[VisualQuestion]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The conversations about one picture, a question each, behind their common beginning.
 
     Returns:
-      ids (n,) int32 with IMAGE_PLACEHOLDER once; segments (n,) int32, see Batch.segments; and (n,) bool, True on
+      ids (n,) int32 with IMAGE_PLACEHOLDER once; segments (n,) int32, see Sample.segments; and (n,) bool, True on
       answers. Cut after the beginning, every segment is the rest of the conversation that `tokenize_conversation`
       makes of its question alone.
     """
