@@ -290,11 +290,20 @@ def hbm_bytes(module: Module, computation: str, instruction: Instruction) -> flo
         called = _CALLED.search(instruction.attributes)[1]
         read = sum(_read_bytes(module, called, i, kind) for i, kind in enumerate(operands))
         return read + _written_bytes(module, called, instruction.type)
-    written = instruction.type
-    if opcode.endswith("-start"):  # the result also lists its operands and a semaphore
-        kinds = [dtype + f"[{shape}]" + layout for dtype, shape, layout in ARRAY.findall(written)]
-        written = kinds[0] if kinds else ""
-    return sum(array_bytes(kind, 0) for kind in operands) + array_bytes(written, 0)
+    if opcode.endswith("-start"):
+        return _transfer_bytes(opcode, operands, instruction.type)
+    return sum(array_bytes(kind, 0) for kind in operands) + array_bytes(instruction.type, 0)
+
+
+def _transfer_bytes(opcode: str, operands: list[str], kind: str) -> float:
+    """Bytes of an asynchronous transfer, whose type lists what it reads and what it writes, in one order or another."""
+    arrays = [f"{dtype}[{shape}]{layout}" for dtype, shape, layout in ARRAY.findall(kind)]
+    if opcode == "copy-start":  # (written, read, a semaphore)
+        return array_bytes(arrays[0], 0) + array_bytes(arrays[1], 0)
+    if opcode == "slice-start":  # ((read), written, a semaphore): of what is read only the slice
+        from_hbm = array_bytes(arrays[1]) if array_bytes(arrays[0], 0) else 0.0
+        return from_hbm + array_bytes(arrays[1], 0)
+    return sum(array_bytes(operand, 0) for operand in operands) + array_bytes(arrays[-1], 0)
 
 
 def _read_bytes(module: Module, computation: str, number: int, kind: str) -> float:

@@ -170,6 +170,22 @@ def test_only_one_memory_is_asked_for():
     assert hlo.array_bytes("(bf16[4]{0:S(1)}, f32[2]{0})", 1) == 8
 
 
+@pytest.mark.parametrize(
+    ("line", "moved"),
+    [
+        # Of a large array a slice goes to other memory: the slice is read.
+        ("((bf16[64,8]{1,0}), bf16[4,8]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:4], [0:8]}", 64),
+        ("(bf16[64,8]{1,0:S(1)}, bf16[64,8]{1,0}, u32[]{:S(2)}) copy-start(%x)", 1024),
+        ("(bf16[64,8]{1,0}, bf16[64,8]{1,0:S(1)}, u32[]{:S(2)}) copy-start(%x)", 1024),
+        ("(bf16[64,8]{1,0}, bf16[128,8]{1,0}) all-gather-start(%x), dimensions={0}", 1024 + 2048),
+    ],
+)
+def test_bytes_of_transfers_beside_computation(line, moved):
+    text = f"ENTRY %main (x: bf16[64,8]) -> bf16[64,8] {{\n  %x = bf16[64,8]{{1,0}} parameter(0)\n  %t = {line}\n}}\n"
+    module = hlo.parse(text)
+    assert hlo.hbm_bytes(module, "main", module.computations["main"]["t"]) == moved
+
+
 def test_a_text_without_an_entry_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
         hlo.parse("HloModule empty\n")

@@ -5,6 +5,7 @@ import importlib.util
 
 import pytest
 
+from flexattn_jax.costs import programs
 from flexattn_jax.costs.cases import Case
 from flexattn_jax.costs.lab import run_measurement
 
@@ -39,7 +40,9 @@ WIDE = {"preset": "7b", "depth": 4, "program": "decode", "target": "v5e:2x2"}
 @pytest.mark.parametrize("system", ["lowres", "flex:10%"])
 def test_scanned_and_unrolled_layers_are_estimated_alike(system):
     scanned, unrolled = (measured(Case(system, layers=layers, **WIDE)) for layers in ("scanned", "unrolled"))
-    assert scanned["stablehlo"]["flops"] == pytest.approx(unrolled["stablehlo"]["flops"], rel=1e-12)
+    # A scan computes the last layer's map, too, which nobody reads: one product of the row with all keys.
+    unread = 0 if system == "lowres" else 2 * (576 + 64 + programs.ROOM) * 4096
+    assert scanned["stablehlo"]["flops"] == unrolled["stablehlo"]["flops"] + unread
     assert scanned["estimated_seconds"] == pytest.approx(unrolled["estimated_seconds"], rel=0.15)
     assert scanned["stablehlo"]["operations"] < unrolled["stablehlo"]["operations"]
 
@@ -52,4 +55,4 @@ def test_a_program_that_does_not_fit_is_a_result():
         "steps": 0,
     }
     found = run_measurement(order, limit=900)
-    assert found["status"] == "does not fit" and "hbm" in found["message"]
+    assert found["status"] == "does not fit" and "exceeds available HBM" in found["message"]
