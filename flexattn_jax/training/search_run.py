@@ -46,6 +46,7 @@ def run_search(settings: Mapping[str, Any], workdir: str | Path) -> Path:
     names = {field.name for field in dataclasses.fields(SearchData)}
     own = from_dict({name: settings["data"].pop(name) for name in names}, SearchData, "data.")
     tower = from_dict(settings.pop("tower"), TowerConfig, "tower.")
+    _check_start(stage, settings["start"])
     folder = Path(own.data_dir).expanduser() if own.data_dir else default_data_dir()
     if not settings["start"]["checkpoint"] and not settings["start"]["tokenizer"]:
         settings["start"]["tokenizer"] = str(Path(workdir) / "tokenizer")
@@ -75,3 +76,16 @@ def run_search(settings: Mapping[str, Any], workdir: str | Path) -> Path:
     also = {"stage": stage, "data": dataclasses.asdict(own), "tower": dataclasses.asdict(tower)}
     del also["data"]["data_dir"]
     return run_training(settings, workdir, make_data, make_task, also)
+
+
+def _check_start(stage: str, start: Mapping[str, Any]) -> None:
+    """Raises ConfigError where what stage "answers" begins with is missing: which command makes it."""
+    checkpoint = start["checkpoint"]
+    if stage == "tower" or (Path(checkpoint).exists() if checkpoint else start["preset"]):
+        return
+    missing = f"{checkpoint} does not exist" if checkpoint else "--config.start.checkpoint is not given"
+    before = "tower" if start["redraw"] else "lowres"
+    raise ConfigError(
+        f"{missing}; this stage begins with DIR/model of `python train.py --config=configs/train_mini.py:{before} "
+        "--workdir=DIR`"
+    )

@@ -1,0 +1,82 @@
+"""vsearch as training samples: every question of a picture as if it were asked alone."""
+
+import numpy as np
+import pytest
+from mini_search import mini_config, search_config
+
+from flexattn_jax.config import IMAGE_PLACEHOLDER
+from flexattn_jax.inputs.batching import Buckets, make_batch
+from flexattn_jax.inputs.conversations import Turn, tokenize_conversation
+from flexattn_jax.inputs.datasets.vsearch import decode_example, load_vsearch
+from flexattn_jax.inputs.images import preprocess
+from flexattn_jax.inputs.prompts import IMAGE_TAG
+from flexattn_jax.inputs.tokenizer import load_tokenizer
+from flexattn_jax.inputs.word_tokenizer import write_word_tokenizer
+from flexattn_jax.training.data import BatchPlan, BatchSource
+from flexattn_jax.training.loss import IGNORED
+from flexattn_jax.training.search import SearchSource, pack_questions
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("words")
+    write_word_tokenizer(folder)
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return load_vsearch(tmp_path_factory.mktemp("data"), search_config(), "train", 0, 6)
+
+
+@pytest.fixture(scope="module")
+def source(rows, words):
+    return SearchSource(rows, words, mini_config(), "six pictures")
+
+
+def test_cut_after_the_beginning_every_segment_is_a_conversation(rows, words):
+    for k in range(len(rows)):
+        questions = decode_example(rows[k]).questions
+        ids, segments, learned = pack_questions(words, questions)
+        assert ids[segments == 0][-1] == IMAGE_PLACEHOLDER and not learned[segments == 0].any()
+        assert segments.max() == len(questions) == 5 and (np.diff(segments) >= 0).all()
+        for number, asked in enumerate(questions, start=1):
+            mine = np.isin(segments, (0, number))
+            turn = Turn(f"{IMAGE_TAG}\n{asked.question}", asked.options[asked.answer])
+            expected, expected_learned = tokenize_conversation(words, (turn,))
+            np.testing.assert_array_equal(ids[mine], expected)
+            np.testing.assert_array_equal(learned[mine], expected_learned)
+
+
+def test_samples_are_pictures_with_all_their_questions(source, rows, words):
+    config = mini_config()
+    assert len(source) == 6 and source.name(4) == "picture 4"
+    for k in range(len(source)):
+        sample, learned = source[k]
+        assert sample.pixels is not None and source.text(k).sample.pixels is None
+        np.testing.assert_array_equal(sample.pixels, preprocess(decode_example(rows[k]).picture(), config)[0])
+        batch = make_batch([sample], config, Buckets(text_lengths=(192,)))
+        assert batch.lengths[0] <= source.lengths.positions[k] <= batch.token_ids.shape[1]
+        assert source.lengths.readers[k] == learned.sum()
+    assert source.digest == SearchSource(rows, words, config, "six pictures").digest
+    assert source.digest != SearchSource(rows, words, config, "six others").digest
+    assert source.digest != SearchSource([rows[k] for k in range(3)], words, config, "six pictures").digest
+
+
+def test_a_batch_reads_high_resolution_before_every_answer_token(source):
+    plan = BatchPlan(4, Buckets(text_lengths=(192,)), (64,), window=1)
+    batches = BatchSource(source, np.arange(6), mini_config(), plan, count=2)
+    made = next(batches[k] for k in range(2) if (batches[k].rows < 0).any())
+    data, (beginning, block) = made.data, made.data.batch.blocks
+    length = data.batch.token_ids.shape[1]
+    assert (made.rows >= 0).sum() == 2 and beginning + 5 * block <= length <= made.shape[0] == 16 + 192
+    for b, index in enumerate(made.rows):
+        read = data.readers[b][data.readers[b] < length]
+        if index < 0:
+            assert not len(read) and (data.labels[b] == IGNORED).all()
+            continue
+        assert len(read) == source.lengths.readers[index]
+        np.testing.assert_array_equal(read, np.flatnonzero(data.labels[b] != IGNORED) - 1)
+        np.testing.assert_array_equal(data.labels[b][read + 1], data.batch.token_ids[b][read + 1])
+        # None predicts another text's token.
+        np.testing.assert_array_equal((read - beginning) // block, (read + 1 - beginning) // block)
