@@ -252,7 +252,7 @@ def text_places(
 def _find_blocks(
     samples: Sequence[Sample], expanded: Sequence[tuple[np.ndarray, int]], slots: int, buckets: Buckets
 ) -> tuple[int, int] | None:
-    """Batch.blocks of these samples; BatchError if their beginnings differ in length."""
+    """Batch.blocks of these samples; BatchError if their beginnings differ in length, or one text is no beginning."""
     if not any(sample.segments is not None for sample in samples):
         return None
     beginnings, longest = set(), 1
@@ -267,7 +267,14 @@ def _find_blocks(
         raise BatchError(
             f"texts share beginnings of {sorted(beginnings)} positions; those of one batch must be as long"
         )
-    return beginnings.pop(), buckets.block_length(int(longest))
+    beginning = beginnings.pop()
+    for index, (sample, (ids, _)) in enumerate(zip(samples, expanded, strict=True)):
+        if sample.segments is None and len(ids) > beginning:
+            raise BatchError(
+                f"sample {index} is one text of {len(ids)} positions in a batch of texts that share a beginning of "
+                f"{beginning}; give it segments, or a batch of its own"
+            )
+    return beginning, buckets.block_length(int(longest))
 
 
 def _stacked_views(samples: Sequence[Sample], rows: int) -> Any:
