@@ -8,7 +8,7 @@ Give with either --config.start.checkpoint=DIR --config.data.conversations=FILE 
 
 from ml_collections import config_dict
 
-from flexattn_jax.overrides import TRAINING, flexattention_overrides
+from flexattn_jax.overrides import TRAINING, system_overrides
 
 
 def get_config(arg: str = "instruct") -> config_dict.ConfigDict:
@@ -69,7 +69,7 @@ def get_config(arg: str = "instruct") -> config_dict.ConfigDict:
         {
             "scan_layers": config_dict.placeholder(bool),
             "remat": "dots",  # or "full" (less memory), "none"
-            "flexattention": flexattention_overrides(TRAINING),
+            **system_overrides(TRAINING),
         }
     )
     config.loop = config_dict.ConfigDict(

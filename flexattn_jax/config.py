@@ -9,193 +9,75 @@ L layers, D model width, H heads, J key/value heads, d head width, V vocabulary,
 from __future__ import annotations
 
 import dataclasses
-import math
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
+from flexattn_jax.config_parts import (
+    ConfigError,
+    ConvVisionConfig,
+    CrossAttentionConfig,
+    DecoderConfig,
+    DenseConfig,
+    FlexAttentionConfig,
+    ReductionConfig,
+    VisionConfig,
+    one_of,
+    require,
+)
+
+__all__ = [
+    "IMAGE_PLACEHOLDER",
+    "ConfigError",
+    "ConvVisionConfig",
+    "CrossAttentionConfig",
+    "DecoderConfig",
+    "DenseConfig",
+    "FlexAttentionConfig",
+    "ReductionConfig",
+    "Segment",
+    "VLMConfig",
+    "VisionConfig",
+    "dotted",
+    "from_dict",
+    "override",
+    "preset",
+    "to_dict",
+]
+
 # What a prompt's ids hold in the place of the picture (LLaVA's IMAGE_TOKEN_INDEX).
 IMAGE_PLACEHOLDER = -200
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot describe a model; the message names the field, the value and what is allowed."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    _require(value in allowed, f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
-
-
 @dataclasses.dataclass(frozen=True)
-class VisionConfig:
-    """A CLIP vision transformer, of which only the blocks up to `select_layer` are computed."""
+class Segment:
+    """Decoder layers that follow each other and do the same work: one stack of parameters.
 
-    image_size: int = 336  # native side in pixels; the position table has (image_size // patch_size)**2 + 1 rows
-    patch_size: int = 14
-    width: int = 1024
-    mlp_dim: int = 4096
-    num_layers: int = 24  # blocks of the published tower, used or not
-    num_heads: int = 16
-    norm_eps: float = 1e-5
-    activation: str = "quick_gelu"  # or "gelu" (erf), "gelu_tanh"
-    select_layer: int = -2  # index into CLIP's hidden states (the embedding is entry 0), as LLaVA's config has it
+    name: of the stack in the parameter tree.
+    first_layer: index of its first layer in the decoder; num_layers: how many they are.
+    num_slots: sequence positions that a picture takes in these layers.
+    """
 
-    def __post_init__(self):
-        _require(
-            self.image_size % self.patch_size == 0,
-            f"vision.image_size {self.image_size} is no multiple of vision.patch_size {self.patch_size}",
-        )
-        _require(
-            self.width % self.num_heads == 0,
-            f"vision.width {self.width} is no multiple of vision.num_heads {self.num_heads}",
-        )
-        _one_of("vision.activation", self.activation, ("quick_gelu", "gelu", "gelu_tanh"))
-        _require(
-            0 <= self.num_blocks <= self.num_layers,
-            f"vision.select_layer {self.select_layer} is outside the {self.num_layers + 1} hidden states",
-        )
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks that are computed and stored: the selected hidden state needs no later one."""
-        return self.select_layer if self.select_layer >= 0 else self.num_layers + 1 + self.select_layer
-
-    @property
-    def grid(self) -> int:
-        """Side of the native patch grid."""
-        return self.image_size // self.patch_size
-
-
-@dataclasses.dataclass(frozen=True)
-class ConvVisionConfig:
-    """A small convolutional tower that reads a whole picture of any size: the `mini` preset's."""
-
-    stem_widths: tuple[int, ...] = (16, 48, 96, 128)  # channels after each downscaling convolution
-    stem_strides: tuple[int, ...] = (2, 2, 2, 2)
-    mlp_dim: int = 256
-    num_layers: int = 2  # residual blocks after the stem
-    position_dims: int = 16  # channels that say where in the picture a token is; a multiple of 4
-    norm_eps: float = 1e-5
-
-    def __post_init__(self):
-        _require(
-            len(self.stem_widths) == len(self.stem_strides) > 0 and min(self.stem_widths) > 0,
-            f"vision.stem_widths {self.stem_widths} and vision.stem_strides {self.stem_strides} must be as many "
-            "numbers, at least one, above 0",
-        )
-        _require(
-            all(stride % 2 == 0 and stride > 0 for stride in self.stem_strides),
-            f"vision.stem_strides {self.stem_strides} must be even: windows are twice as wide and centred",
-        )
-        _require(
-            self.mlp_dim > 0 and self.num_layers >= 0,
-            f"vision.mlp_dim {self.mlp_dim} must be above 0 and vision.num_layers {self.num_layers} not below it",
-        )
-        _require(
-            self.position_dims % 4 == 0 and self.position_dims >= 0,
-            f"vision.position_dims {self.position_dims} is no multiple of 4 (sine and cosine of x and y)",
-        )
-
-    @property
-    def patch_size(self) -> int:
-        """Pixels a token's side."""
-        return math.prod(self.stem_strides)
-
-    @property
-    def width(self) -> int:
-        """Dv: what was seen, and where."""
-        return self.stem_widths[-1] + self.position_dims
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """A LLaMA decoder."""
-
-    vocab_size: int = 32000
-    width: int = 4096
-    mlp_dim: int = 11008
-    num_layers: int = 32
-    num_heads: int = 32
-    num_kv_heads: int = 32
-    head_dim: int = 128
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-5
-    tie_embeddings: bool = False
-    max_positions: int = 4096  # longest sequence, image tokens included, that the checkpoint was trained for
-
-    def __post_init__(self):
-        _require(
-            self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads == 0,
-            f"decoder.num_heads {self.num_heads} is no multiple of decoder.num_kv_heads {self.num_kv_heads}",
-        )
-        _require(self.head_dim % 2 == 0, f"decoder.head_dim {self.head_dim} is odd; rotary embeddings need an even one")
-
-
-@dataclasses.dataclass(frozen=True)
-class FlexAttentionConfig:
-    """How the decoder reads high-resolution tokens (arXiv 2407.20228, section 3; released code)."""
-
-    enabled: bool = True  # False: the same weights as a low-resolution LLaVA-1.5; the projections are not read
-    zoom_ratio: int = 3  # the high-resolution grid is zoom_ratio times finer than the low-resolution one
-    first_layer: int = 8  # plain below; this layer makes the first selection, later layers read and re-select
-    variant: str = "released"  # or "paper": every row reads one shared selection, whose map includes high resolution
-    selector: str = "attention"  # or, for ablation, "random", "center", "all" (every cell)
-    selection: str = "threshold"  # or "top_k": the `capacity` strongest cells, whatever their strength
-    threshold: float = 48.0  # on the 0..255 map, strict
-    ablation_share: float = 0.1  # share of the cells that "random" and "center" keep under selection="threshold"
-    seed: int = 0  # of selector="random"
-    cell_grid: int = 9  # cells a side; the map is max-pooled to cell_grid x cell_grid
-    capacity: int | None = None  # K: most cells a row may keep; None: all (exactly the reference)
-    union_capacity: int | None = None  # U: most cells a sample may project for all its rows; None: all
-    warmup: float = 10.0  # slope of the training blend: alpha = min(1, epoch * warmup)
-
-    def __post_init__(self):
-        _one_of("flexattention.variant", self.variant, ("released", "paper"))
-        _one_of("flexattention.selector", self.selector, ("attention", "random", "center", "all"))
-        _one_of("flexattention.selection", self.selection, ("threshold", "top_k"))
-        _require(self.zoom_ratio >= 1, f"flexattention.zoom_ratio {self.zoom_ratio} must be at least 1")
-        _require(self.first_layer >= 0, f"flexattention.first_layer {self.first_layer} must not be negative")
-        _require(self.cell_grid >= 1, f"flexattention.cell_grid {self.cell_grid} must be at least 1")
-        for name in ("capacity", "union_capacity"):
-            value = getattr(self, name)
-            _require(
-                value is None or 1 <= value <= self.num_cells,
-                f"flexattention.{name} {value} must lie in 1..{self.num_cells} (cell_grid squared), or be None for all",
-            )
-        _require(
-            self.selection == "threshold" or self.capacity is not None,
-            'flexattention.selection "top_k" needs flexattention.capacity, the number of cells to keep',
-        )
-
-    @property
-    def num_cells(self) -> int:
-        """C."""
-        return self.cell_grid**2
-
-    @property
-    def row_capacity(self) -> int:
-        """K."""
-        return self.num_cells if self.capacity is None else self.capacity
-
-    @property
-    def sample_capacity(self) -> int:
-        """U."""
-        return self.num_cells if self.union_capacity is None else self.union_capacity
+    name: str
+    first_layer: int
+    num_layers: int
+    num_slots: int
 
 
 @dataclasses.dataclass(frozen=True)
 class VLMConfig:
-    """A whole vision-language model: tower, connector (two linear layers, exact GELU), decoder, high resolution."""
+    """A whole vision-language model: tower, connector (two linear layers, exact GELU), decoder, high resolution.
 
-    vision: VisionConfig | ConvVisionConfig = VisionConfig()
-    decoder: DecoderConfig = DecoderConfig()
-    flexattention: FlexAttentionConfig | None = None  # None: LLaVA-1.5, which has no projections to read with
+    Without any of flexattention, crossattention, dense and reduction it is LLaVA-1.5; see docs/systems.md.
+    """
+
+    vision: VisionConfig | ConvVisionConfig = dataclasses.field(default_factory=VisionConfig)
+    decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
+    flexattention: FlexAttentionConfig | None = None  # None: no projections to read high resolution with
+    crossattention: CrossAttentionConfig | None = None
+    dense: DenseConfig | None = None
+    reduction: ReductionConfig | None = None
     lowres_size: int = 336  # S of the picture whose tokens sit in the sequence
     image_size: int = 336  # S of the picture that is handed in; lowres_size * zoom_ratio with FlexAttention
     image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
@@ -206,32 +88,21 @@ class VLMConfig:
     pad_token_id: int = 0
     dtype: str = "float32"  # of parameters and activations; softmax, norms and selection are always float32
     scan_layers: bool = True  # one compiled body for all layers; False: one copy a layer (faster on CPU, see docs)
-    remat: str = "none"  # training: what a decoder layer computes again in the backward pass, see models/layers.py
+    remat: str = "none"  # training: what a decoder layer computes again in the backward pass, see ops/layers.py
 
     def __post_init__(self):
-        _one_of("dtype", self.dtype, ("float32", "bfloat16"))
-        _one_of("remat", self.remat, ("none", "full", "dots"))
+        one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        one_of("remat", self.remat, ("none", "full", "dots"))
         patch = self.vision.patch_size
-        _require(
+        require(
             self.lowres_size % patch == 0, f"lowres_size {self.lowres_size} is no multiple of the patch size {patch}"
         )
-        _require(
+        require(
             isinstance(self.vision, ConvVisionConfig) or self.lowres_size <= self.vision.image_size,
-            f"lowres_size {self.lowres_size} is above the tower's native size, for which its position table is made",
+            f"lowres_size {self.lowres_size} is above the tower's native {getattr(self.vision, 'image_size', 0)}, for "
+            "which its position table is made",
         )
-        if self.flexattention is None or not self.flexattention.enabled:
-            return
-        zoom = self.flexattention.zoom_ratio
-        _require(
-            self.image_size == self.lowres_size * zoom,
-            f"image_size {self.image_size} must be lowres_size {self.lowres_size} x zoom_ratio {zoom}, which "
-            "FlexAttention's tiles need",
-        )
-        _require(
-            self.flexattention.cell_grid <= self.highres_grid,
-            f"flexattention.cell_grid {self.flexattention.cell_grid} is finer than the high-resolution grid "
-            f"{self.highres_grid}",
-        )
+        _check_systems(self)
 
     @property
     def lowres_grid(self) -> int:
@@ -244,25 +115,124 @@ class VLMConfig:
         return self.lowres_grid**2
 
     @property
+    def num_lowres_views(self) -> int:
+        """Low-resolution tokens that the model takes over from the tower: N, or what a reduction leaves of them."""
+        before = self.reduction is not None and not self.reduction.in_decoder
+        return self.reduction.tokens if before else self.num_lowres_tokens
+
+    @property
+    def num_slots(self) -> int:
+        """Sequence positions that a picture takes where the decoder begins."""
+        return self.num_lowres_views + (self.highres_grid**2 if self.dense else 0)
+
+    @property
+    def tiles(self) -> int:
+        """Squares a side into which the tower cuts the high-resolution picture; 0: it sees none."""
+        other = self.crossattention or self.dense
+        return other.tiles if other else self.flexattention.zoom_ratio if self.reads_highres else 0
+
+    @property
     def highres_grid(self) -> int:
         """G: side of the high-resolution token grid."""
+        if self.crossattention or self.dense:
+            return self.image_size // self.vision.patch_size
         return self.lowres_grid * (self.flexattention.zoom_ratio if self.flexattention else 1)
 
     @property
     def reads_highres(self) -> bool:
-        """Whether some layer reads high-resolution tokens (a model of <= first_layer + 1 layers never does)."""
+        """Whether some layer reads what FlexAttention selects (a model of <= first_layer + 1 layers never does)."""
         flex = self.flexattention
         return flex is not None and flex.enabled and self.num_flex_layers > 1
 
     @property
     def num_flex_layers(self) -> int:
-        """Layers of the second segment: first_layer (makes a selection, reads none) and all later ones."""
-        return 0 if self.flexattention is None else max(0, self.decoder.num_layers - self.flexattention.first_layer)
+        """Layers that have FlexAttention's projections: first_layer (selects, reads nothing) and all later ones."""
+        flex = self.flexattention
+        if flex is None or (not flex.enabled and (self.crossattention or self.dense or self.reduction)):
+            return 0
+        return max(0, self.decoder.num_layers - flex.first_layer)
 
     @property
     def num_plain_layers(self) -> int:
-        """Layers of the first segment."""
+        """Layers that have none."""
         return self.decoder.num_layers - self.num_flex_layers
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The decoder's layers in order: "plain", and "flex" (FlexAttention) or "stage1", ... (tokens were dropped)."""
+        depth, slots, reduction = self.decoder.num_layers, [self.num_slots], self.reduction
+        names, cuts = ["plain", "flex"], [self.num_plain_layers]
+        if reduction is not None and reduction.in_decoder:
+            cuts = list(reduction.cuts(depth))
+            slots += reduction.kept(slots[0], depth)
+            names = ["plain", *(f"stage{i}" for i in range(1, len(slots)))]
+        else:
+            slots *= 2
+        bounds = zip(names, [0, *cuts], [*cuts, depth], slots, strict=True)
+        return tuple(Segment(name, first, end - first, count) for name, first, end, count in bounds if end > first)
+
+
+def _check_systems(config: VLMConfig) -> None:
+    """Raises ConfigError unless the ways to use high resolution and to reduce tokens go together and with the sizes."""
+    flex = config.flexattention if config.flexattention and config.flexattention.enabled else None
+    present = [name for name in ("crossattention", "dense") if getattr(config, name)]
+    present += ["flexattention"] if flex else []
+    require(
+        len(present) <= 1,
+        f"{' and '.join(present)} are both on; one of them reads high resolution: set the other to None, or "
+        "flexattention.enabled to False",
+    )
+    if flex:
+        zoom = flex.zoom_ratio
+        require(
+            config.image_size == config.lowres_size * zoom,
+            f"image_size {config.image_size} must be lowres_size {config.lowres_size} x zoom_ratio {zoom}, which "
+            "FlexAttention's tiles need",
+        )
+        require(
+            flex.cell_grid <= config.highres_grid,
+            f"flexattention.cell_grid {flex.cell_grid} is finer than the high-resolution grid {config.highres_grid}",
+        )
+    elif present:
+        name, patch = present[0], config.vision.patch_size
+        require(
+            config.image_size % (config.tiles * patch) == 0,
+            f"image_size {config.image_size} is no multiple of {name}.tiles {config.tiles} x the patch size {patch}",
+        )
+        require(
+            isinstance(config.vision, ConvVisionConfig)
+            or config.image_size // config.tiles <= config.vision.image_size,
+            f"image_size {config.image_size} / {name}.tiles {config.tiles} is above the tower's native size "
+            f"{config.vision.image_size}; take more tiles",
+        )
+    if config.reduction is not None:
+        _check_reduction(config, config.reduction, present)
+
+
+def _check_reduction(config: VLMConfig, reduction: ReductionConfig, present: list[str]) -> None:
+    method, slots = reduction.method, config.num_lowres_tokens + (config.highres_grid**2 if config.dense else 0)
+    require(
+        not present or (present == ["dense"] and reduction.in_decoder),
+        f'reduction.method "{method}" cannot be combined with {" and ".join(present)}'
+        + ("; fastv and pyramiddrop can" if present == ["dense"] else ""),
+    )
+    require(
+        reduction.tokens <= slots, f"reduction.tokens {reduction.tokens} is above the {slots} tokens that a picture has"
+    )
+    require(
+        method != "visionzip" or (isinstance(config.vision, VisionConfig) and config.vision.num_blocks > 0),
+        'reduction.method "visionzip" ranks tokens by a CLIP tower\'s class token; this model has another tower',
+    )
+    require(
+        method != "visionzip" or reduction.tokens >= 2,
+        f'reduction.tokens {reduction.tokens} is too few for "visionzip": the class token and one other',
+    )
+    cuts = reduction.cuts(config.decoder.num_layers)
+    require(
+        not reduction.in_decoder or (len(cuts) > 0 and cuts[-1] < config.decoder.num_layers),
+        f"{method} drops tokens before layers {cuts}, but the decoder has {config.decoder.num_layers}; "
+        "choose reduction.layers inside it",
+    )
 
 
 def to_dict(config: VLMConfig) -> dict[str, Any]:
@@ -274,12 +244,14 @@ def from_dict(values: dict[str, Any], kind: type = VLMConfig, path: str = "") ->
     """The configuration that `to_dict` wrote. An unknown key or a value of the wrong type is a ConfigError."""
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(values) - set(hints))
-    _require(not unknown, f"unknown keys {', '.join(path + k for k in unknown)}; known: {', '.join(hints)}")
+    require(not unknown, f"unknown keys {', '.join(path + k for k in unknown)}; known: {', '.join(hints)}")
     return kind(**{key: _coerce(value, hints[key], path + key) for key, value in values.items()})
 
 
 def override(config: VLMConfig, overrides: dict[str, Any] | None) -> VLMConfig:
     """`config` with dotted keys replaced, e.g. {"flexattention.threshold": 72, "dtype": "bfloat16"}.
+
+    A setting of crossattention, dense or reduction turns that on, with defaults for its other settings.
 
     Raises ConfigError for a key that does not exist, a value of the wrong type or an impossible combination.
     """
@@ -288,12 +260,14 @@ def override(config: VLMConfig, overrides: dict[str, Any] | None) -> VLMConfig:
         *parents, leaf = key.split(".")
         node = values
         for parent in parents:
-            _require(
+            if node is values and node.get(parent, 0) is None and parent in _OPENED:
+                node[parent] = dataclasses.asdict(_OPENED[parent]())
+            require(
                 isinstance(node, dict) and isinstance(node.get(parent), dict),
                 f"config_overrides names {key!r}, but this configuration has no {parent!r} to change",
             )
             node = node[parent]
-        _require(leaf in node, f"config_overrides names {key!r}; known there: {', '.join(node)}")
+        require(leaf in node, f"config_overrides names {key!r}; known there: {', '.join(node)}")
         node[leaf] = value
     return from_dict(values)
 
@@ -315,7 +289,7 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
         return None
     kind = next(o for o in options if o is not type(None))
     if dataclasses.is_dataclass(kind):
-        _require(isinstance(value, dict), f"{path} must be a table of settings, not {value!r}")
+        require(isinstance(value, dict), f"{path} must be a table of settings, not {value!r}")
         # Of several kinds of tower, the one that has all these settings.
         tables = [o for o in options if dataclasses.is_dataclass(o)]
         known = (t for t in tables if set(value) <= {field.name for field in dataclasses.fields(t)})
@@ -323,14 +297,14 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
         allowed, what = {int: (int, "whole numbers"), float: ((int, float), "numbers"), str: (str, "names")}[item]
-        _require(
+        require(
             isinstance(value, (list, tuple)) and all(isinstance(v, allowed) for v in value),
             f"{path} must be a list of {what}, not {value!r}",
         )
         return tuple(item(v) for v in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    _require(
+    require(
         isinstance(value, kind) and (kind is bool or not isinstance(value, bool)),
         f"{path} must be {kind.__name__}, not {value!r}",
     )
@@ -343,9 +317,12 @@ def preset(name: str) -> VLMConfig:
     "tiny" is for tests, "mini" learns visual search on two CPU cores (docs/mini.md), "7b" and "13b" are LLaVA-1.5 with
     FlexAttention as released.
     """
-    _require(name in _PRESETS, f"unknown preset {name!r}; known: {', '.join(_PRESETS)}")
+    require(name in _PRESETS, f"unknown preset {name!r}; known: {', '.join(_PRESETS)}")
     return _PRESETS[name]
 
+
+# FlexAttention is missing here: it cannot be turned on without projections, which the importer draws where asked to.
+_OPENED = {"crossattention": CrossAttentionConfig, "dense": DenseConfig, "reduction": ReductionConfig}
 
 _PRESETS = {
     "tiny": VLMConfig(
@@ -362,9 +339,7 @@ _PRESETS = {
         decoder=DecoderConfig(
             vocab_size=128, width=96, mlp_dim=256, num_layers=5, num_heads=4, num_kv_heads=4, head_dim=24
         ),
-        flexattention=FlexAttentionConfig(
-            zoom_ratio=4, first_layer=1, selection="top_k", cell_grid=8, capacity=8
-        ),
+        flexattention=FlexAttentionConfig(zoom_ratio=4, first_layer=1, selection="top_k", cell_grid=8, capacity=8),
         lowres_size=128,
         image_size=512,
         scan_layers=False,

@@ -7,9 +7,8 @@ import typing
 
 from ml_collections import config_dict
 
-from flexattn_jax.config import FlexAttentionConfig
+from flexattn_jax.config import CrossAttentionConfig, DenseConfig, FlexAttentionConfig, ReductionConfig
 
-_HINTS = typing.get_type_hints(FlexAttentionConfig)
 _SELECTION = ("variant", "selector", "selection", "threshold", "ablation_share", "capacity", "union_capacity")
 INFERENCE = ("enabled", "first_layer", *_SELECTION, "seed")
 TRAINING = ("first_layer", *_SELECTION, "warmup")
@@ -21,11 +20,28 @@ def flexattention_overrides(names: typing.Sequence[str] = INFERENCE) -> config_d
     `FlexAttentionConfig` says what each of them means and which values it may have. "enabled" is False for the same
     weights at low resolution only.
     """
-    return config_dict.ConfigDict({name: config_dict.placeholder(_kind(_HINTS[name])) for name in names})
+    return _table(FlexAttentionConfig, names)
+
+
+def system_overrides(names: typing.Sequence[str] = INFERENCE) -> config_dict.ConfigDict:
+    """Tables of the settings of every way to read a picture, each setting None until the user sets it.
+
+    A setting of `dense`, `crossattention` or `reduction` turns that on; docs/systems.md says what goes together. Of
+    FlexAttention's settings the table has `names`.
+    """
+    kinds = {"crossattention": CrossAttentionConfig, "dense": DenseConfig, "reduction": ReductionConfig}
+    tables = {name: _table(kind, tuple(typing.get_type_hints(kind))) for name, kind in kinds.items()}
+    sizes = {"image_size": config_dict.placeholder(int), "decoder": {"max_positions": config_dict.placeholder(int)}}
+    return config_dict.ConfigDict({"flexattention": flexattention_overrides(names)} | tables | sizes)
+
+
+def _table(kind: type, names: typing.Sequence[str]) -> config_dict.ConfigDict:
+    hints = typing.get_type_hints(kind)
+    return config_dict.ConfigDict({name: config_dict.placeholder(_kind(hints[name])) for name in names})
 
 
 def _kind(hint: typing.Any) -> type:
     """The type of a value that may also be None."""
     if isinstance(hint, types.UnionType):
         (hint,) = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
-    return hint
+    return typing.get_origin(hint) or hint

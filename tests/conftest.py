@@ -16,12 +16,12 @@ FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 def random_params(config: VLMConfig, seed: int = 0) -> dict:
     """Parameters as `VLM(config)` reads them, large enough that attention maps are not flat."""
     stacked = override(config, {"scan_layers": True})
-    size, slots = config.image_size, config.num_lowres_tokens
+    size, slots = config.image_size, config.num_slots
     batch = Batch(
         token_ids=np.zeros((1, slots + 2), np.int32),
         lengths=np.array([slots + 2]),
         image_start=np.array([1]),
-        content=np.ones((1, slots), bool),
+        content=np.ones((1, config.num_lowres_tokens), bool),
         pixels=np.zeros((1, 3, size, size), np.float32),
     )
     shapes = jax.eval_shape(lambda: VLM(stacked).init(jax.random.key(0), batch))["params"]

@@ -106,6 +106,11 @@ def encode(params, config, pixels):
 
 
 def tower(params, config, pixels):
+    return tower_tokens(params, config, pixels)[0][1:]
+
+
+def tower_tokens(params, config, pixels):
+    """All tokens, the class token first; and the last block's attention (H, n, n) and keys (n, H, d)."""
     vision, p = config.vision, params["vision"]
     patch, grid = vision.patch_size, pixels.shape[-1] // vision.patch_size
     patches = [
@@ -125,7 +130,7 @@ def tower(params, config, pixels):
         x = x + linear(np.einsum("htx,xhd->thd", weights, v).reshape(x.shape), block["self_attn"]["out_proj"])
         h = linear(layer_norm(x, block["norm2"], vision.norm_eps), block["mlp"]["fc1"])
         x = x + linear(h / (1 + np.exp(-1.702 * h)), block["mlp"]["fc2"])
-    return x[1:]
+    return x, weights, k
 
 
 def conv_tower(p, vision, pixels):

@@ -64,10 +64,17 @@ def export_weights(
     A FlexAttention checkpoint keeps its projections and settings in either layout; Hugging Face's own code ignores
     them and runs the LLaVA-1.5 that is left. One group of leaves is in memory at a time.
 
-    Raises CheckpointError for an unknown layout, a damaged source, a convolutional tower or a folder that is taken.
+    Raises CheckpointError for an unknown layout, a damaged source, a model that the layout cannot hold or
+    a folder that is taken.
     """
     checkpoint = store.open_native(source)
     target = layouts.export_layout(layout, checkpoint.source and checkpoint.source.layout)
+    for name in ("crossattention", "dense", "reduction"):
+        if getattr(checkpoint.config, name) is not None:
+            raise CheckpointError(
+                f"{source} reads pictures with {name!r}, which the {layout} layout cannot say, so that its "
+                "loaders would run another model; load it with flexattn_jax.load as it is."
+            )
     if isinstance(checkpoint.config.vision, ConvVisionConfig):
         raise CheckpointError(
             f"{source} has a convolutional tower, which has no place in the {layout} layout: nobody publishes such "

@@ -237,7 +237,16 @@ def tensor_shapes(config: VLMConfig) -> dict[str, tuple[int, ...]]:
         if i >= config.num_plain_layers:
             for name in ("k_proj_hd", "v_proj_hd"):
                 shapes[f"decoder/layers/{i}/self_attn/{name}/kernel"] = _key_value_shape(config)
+        if config.crossattention is not None:
+            shapes |= {f"decoder/layers/{i}/cross_attn/{name}": s for name, s in _cross_attention(config).items()}
+    if config.crossattention is not None:
+        shapes["highres/positions"] = (config.highres_grid**2, _cross_attention(config)["k_proj/kernel"][1])
     return shapes
+
+
+def begins_at_zero(leaf: str) -> bool:
+    """Whether a leaf of the parameter tree is drawn as zeros, so that training begins with the model without it."""
+    return leaf == "highres/positions" or leaf.endswith("/cross_attn/o_proj/kernel")
 
 
 def _clip_tower(vision: VisionConfig) -> dict[str, tuple[int, ...]]:
@@ -281,6 +290,18 @@ def _key_value_shape(config: VLMConfig) -> tuple[int, int]:
     return (config.decoder.num_kv_heads * config.decoder.head_dim, config.decoder.width)
 
 
+def _cross_attention(config: VLMConfig) -> dict[str, tuple[int, ...]]:
+    cross, width = config.crossattention, config.decoder.width
+    source = config.vision.width if cross.source == "tower" else width
+    return {
+        "norm/scale": (width,),
+        "q_proj/kernel": (cross.width, width),
+        "k_proj/kernel": (cross.width, source),
+        "v_proj/kernel": (cross.width, source),
+        "o_proj/kernel": (width, cross.width),
+    }
+
+
 def _decoder_layer(config: VLMConfig) -> dict[str, tuple[int, ...]]:
     width, hidden = config.decoder.width, config.decoder.mlp_dim
     query = config.decoder.num_heads * config.decoder.head_dim
@@ -305,9 +326,8 @@ def leaf_of(name: str, config: VLMConfig) -> tuple[str, int | None]:
     part, layer, rest = match[1], int(match[2]), match[3]
     if part == "vision":
         return f"vision/blocks/{rest}", layer
-    if layer < config.num_plain_layers:
-        return f"decoder/plain/{rest}", layer
-    return f"decoder/flex/{rest}", layer - config.num_plain_layers
+    segment = next(s for s in reversed(config.segments) if layer >= s.first_layer)
+    return f"decoder/{segment.name}/{rest}", layer - segment.first_layer
 
 
 def leaf_tensors(config: VLMConfig) -> dict[str, list[str]]:

@@ -260,11 +260,12 @@ def _match(source: SourceCheckpoint) -> _Matched:
         if tensor.info.dtype not in FLOAT_TYPES:
             faults.append(f"  {published}: type {tensor.info.dtype}, expected {', '.join(FLOAT_TYPES)}")
     missing = [name for name in shapes if name not in found and not (source.init_seed is not None and "_hd/" in name)]
+    places = {name: source.layout.source_of(name) for name in missing}
     absent = [
-        f"  {published} {list(transform.source_shape(shapes[name], config))}"
-        for name in missing
-        for published, transform in [source.layout.source_of(name)]
+        f"  {place[0]} {list(place[1].source_shape(shapes[name], config))}" for name, place in places.items() if place
     ]
+    # Nobody publishes these, so there is no published name to ask for; once for all layers.
+    absent += dict.fromkeys(f"  {layouts.leaf_of(name, config)[0]}" for name, place in places.items() if not place)
     if not faults:
         faults += _mixed_types(config, found)
     repeats = config.decoder.tie_embeddings and TIED_HEAD in found
@@ -279,6 +280,8 @@ def _match(source: SourceCheckpoint) -> _Matched:
         hint = ""
         if missing and all("_proj_hd" in name for name in missing):
             hint = "\nThese are FlexAttention's projections; import with --flexattention to initialise them."
+        if missing and not any(places.values()):
+            hint = "\nThese are cross-attention's weights, which nobody publishes; take a checkpoint trained with it."
         raise CheckpointError(
             f"the tensors of {source.where} are not those that its configuration describes.\n" + "\n".join(parts) + hint
         )

@@ -15,7 +15,7 @@ from flexattn_jax.checkpoints.errors import CheckpointError
 from flexattn_jax.config import VLMConfig
 
 Array = Any  # jax.Array or np.ndarray
-STACKS = ("blocks", "plain", "flex")  # the subtrees whose leaves have a layer axis in front
+STACKS = r"blocks|plain|flex|stage\d+"  # the subtrees whose leaves have a layer axis in front
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -48,7 +48,7 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     stacks: dict[str, dict[int, Array]] = {}
     flat = {}
     for path, leaf in flatten(params).items():
-        match = re.fullmatch(rf"(\w+/(?:{'|'.join(STACKS)}))_(\d+)/(.+)", path)
+        match = re.fullmatch(rf"(\w+/(?:{STACKS}))_(\d+)/(.+)", path)
         if match is None:
             flat[path] = leaf
         else:
@@ -65,7 +65,7 @@ def unstack_flat(flat: dict[str, Array]) -> dict[str, Array]:
         path = next(iter(flat))
         leaf = flat.pop(path)
         part, stack, *rest = path.split("/")
-        if stack not in STACKS:
+        if not re.fullmatch(STACKS, stack):
             result[path] = leaf
             continue
         for i in range(leaf.shape[0]):
@@ -130,7 +130,7 @@ def target_leaves(config: VLMConfig) -> dict[str, tuple[list[str], bool]]:
     """{leaf as the model wants it: (its tensors, whether they are stacked)}; unstacked unless config.scan_layers."""
     result: dict[str, tuple[list[str], bool]] = {}
     for leaf, names in layouts.leaf_tensors(config).items():
-        stacked = leaf.split("/")[1] in STACKS
+        stacked = re.fullmatch(STACKS, leaf.split("/")[1]) is not None
         if config.scan_layers or not stacked:
             result[leaf] = (names, stacked)
             continue

@@ -15,7 +15,7 @@ from flexattn_jax.config import VLMConfig
 from flexattn_jax.costs import placement
 from flexattn_jax.costs.cases import Case, model_config
 from flexattn_jax.costs.rankings import ranked_by
-from flexattn_jax.highres.flexattention import CELLS_AT_ONCE, Picture
+from flexattn_jax.highres.cells import CELLS_AT_ONCE, Picture
 from flexattn_jax.inference.scoring import score
 from flexattn_jax.inputs.batching import Batch, OptionBatch
 from flexattn_jax.models.flops import decoder_flops, step_flops, tower_flops

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ml_collections import config_dict
 
 from flexattn_jax.evaluation.benchmarks import BENCHMARKS
-from flexattn_jax.overrides import flexattention_overrides
+from flexattn_jax.overrides import system_overrides
 
 
 def benchmark_config(benchmark: str, variant: str = "") -> config_dict.ConfigDict:
@@ -31,5 +31,5 @@ def benchmark_config(benchmark: str, variant: str = "") -> config_dict.ConfigDic
     config.limit = 0  # ask only the first so many questions of each split; 0: all
     config.pictures = 0  # PNGs of the selected cells to write for the first so many questions
     # What to change in the checkpoint's own configuration; None leaves a setting as it is.
-    config.model_overrides = config_dict.ConfigDict({"flexattention": flexattention_overrides()})
+    config.model_overrides = system_overrides()
     return config

@@ -12,9 +12,11 @@ the picture's high-resolution features, cell by cell:
     cells    = strongest K cells where max-pool(255 * min-max(map)) > threshold       for the layer above
 
 Which rows R read, and how they come by k_hd and v_hd, differs between uses; the algorithm does not:
-  - a prompt, a decoding step:   R = 1, the newest row; cells are projected when first selected and kept (`read_cached`)
+  - a prompt, a decoding step:   R = 1, the newest row; cells are projected when first selected and kept
+                                 (`cells.read_cached`)
   - scoring of answer options:   R = all option rows of a question, against the same cache
-  - training:                    R = rows that predict answers; the union of their cells is projected (`read_union`)
+  - training:                    R = rows that predict answers; the union of their cells is projected
+                                 (`cells.read_union`)
   - variant "paper":             R = all rows, reading one shared selection
 """
 
@@ -22,60 +24,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
-from flexattn_jax.config import FlexAttentionConfig
-from flexattn_jax.ops.attention import MASKED, attend, merge, scaled_logits
-from flexattn_jax.ops.cache import LayerCache, read_rows, whole, write_rows
-from flexattn_jax.ops.rope import apply_rope
+from flexattn_jax.config import FlexAttentionConfig, VLMConfig
+from flexattn_jax.highres.cells import Part, Picture, read_cached, read_union
+from flexattn_jax.highres.step import Rows, Step
+from flexattn_jax.ops.attention import merge, row_probabilities
+from flexattn_jax.ops.cache import LayerCache, read_rows, write_rows
 from flexattn_jax.ops.selection import (
     Selection,
     empty_selection,
     keep_cells,
-    keep_of_listed,
-    list_cells,
     normalise_map,
     pool_cells,
     unite_rows,
 )
-
-CELLS_AT_ONCE = 4  # cells projected or read by one turn of the loops in read_cached
-
-
-@flax.struct.dataclass
-class Picture:
-    """What the layers know of each sample's picture.
-
-    start: (B,) int32, position of its first low-resolution token in the sequence; -1: the sample has no picture.
-    content: (B, N) bool, False on the rows or columns of the low-resolution grid that are padding.
-    tokens: (B, C, P, D) high-resolution features, cell by cell; without gradient.
-    valid: (C, P) bool, False where a cell is padded to P tokens.
-    cos, sin: (B, C, P, d/2) float32, the rotation of these tokens.
-    """
-
-    start: jax.Array
-    content: jax.Array
-    tokens: jax.Array
-    valid: jax.Array
-    cos: jax.Array
-    sin: jax.Array
-
-
-@flax.struct.dataclass
-class Rows:
-    """Query rows that take part, as places in this call's T rows; a place of T or more stands for no row.
-
-    readers: (B, R) int32, rows that read high-resolution tokens.
-    selectors: (B, Q) int32, rows whose maps select; Q = R (each reader selects for itself) or Q = 1 (shared).
-    """
-
-    readers: jax.Array
-    selectors: jax.Array
-
-
-Part = tuple[jax.Array, jax.Array]  # output (B, ., H, d) and log-sum-exp (B, ., H)
 
 
 def flex_attention(
@@ -121,7 +85,11 @@ def flex_attention(
             map_lse = put_rows(lse, rows.readers, full_lse)
 
     attention = image_map(
-        take_rows(query, rows.selectors), keys, take_rows(map_lse, rows.selectors), picture.start, picture.content
+        take_rows(query, rows.selectors),
+        keys,
+        take_rows(map_lse, rows.selectors),
+        picture.start,
+        picture.content.shape[-1],
     )
     candidate = (picture.start >= 0)[:, None] & (rows.selectors < query.shape[1])
     places = take_rows(positions, rows.selectors)
@@ -129,21 +97,19 @@ def flex_attention(
     return out, selection, attention
 
 
-def image_map(query: jax.Array, keys: jax.Array, lse: jax.Array, start: jax.Array, content: jax.Array) -> jax.Array:
-    """Attention of each selector row to the N low-resolution tokens, summed over heads; no gradient.
+def image_map(query: jax.Array, keys: jax.Array, lse: jax.Array, start: jax.Array, count: int) -> jax.Array:
+    """Attention of a few rows to the picture's tokens in the sequence, summed over heads; no gradient.
 
     Args:
       query: (B, Q, H, d); keys: (B, X, J*d); lse: (B, Q, H) of the softmax that the map belongs to.
       start: (B,) place of the first image token among the keys.
-      content: (B, N); only its shape is used.
+      count: N, how many there are.
 
     Returns:
       (B, Q, N) float32.
     """
-    query, keys, lse = jax.lax.stop_gradient((query, keys, lse))
-    logits = scaled_logits(query, keys)  # (B, H, Q, X)
-    probabilities = jnp.exp(logits - lse.swapaxes(1, 2)[..., None]).sum(axis=1)
-    return jax.vmap(lambda row_maps, first: jax.lax.dynamic_slice_in_dim(row_maps, first, content.shape[-1], axis=1))(
+    probabilities = row_probabilities(query, keys, lse)
+    return jax.vmap(lambda row_maps, first: jax.lax.dynamic_slice_in_dim(row_maps, first, count, axis=1))(
         probabilities, jnp.maximum(start, 0)
     )
 
@@ -201,104 +167,6 @@ def random_scores(keys: jax.Array, layer: jax.Array, positions: jax.Array, cells
     return jax.vmap(jax.vmap(draw, in_axes=(None, 0)))(keys, positions)
 
 
-def project_cells(
-    tokens: jax.Array, cos: jax.Array, sin: jax.Array, key_kernel: jax.Array, value_kernel: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of high-resolution tokens: tokens (..., D), cos and sin (..., d/2) -> two of (..., J*d)."""
-    key, value = (tokens @ kernel.T.astype(tokens.dtype) for kernel in (key_kernel, value_kernel))
-    heads = key.reshape(*key.shape[:-1], -1, 2 * cos.shape[-1])
-    return apply_rope(heads, cos, sin).reshape(key.shape), value
-
-
-def read_union(
-    query: jax.Array,
-    selection: Selection,
-    picture: Picture,
-    key_kernel: jax.Array,
-    value_kernel: jax.Array,
-    capacity: int,
-) -> Part:
-    """Reads cells that are projected on the spot: each sample's union of cells once, a mask for each row.
-
-    Args:
-      query: (B, R, H, d).
-      selection: (B, Q, C), within a union of at most `capacity` cells (`unite_rows`).
-      key_kernel, value_kernel: (J*d, D).
-      capacity: U, static.
-    """
-    tokens, cos, sin, keep = picture.tokens, picture.cos, picture.sin, selection.keep
-    valid = jnp.broadcast_to(picture.valid, tokens.shape[:3])
-    if capacity < keep.shape[-1]:
-        cells, _ = list_cells(keep.any(axis=1), capacity)
-        tokens, cos, sin, valid = (read_rows(x, (), cells) for x in (tokens, cos, sin, valid))
-        keep = keep_of_listed(keep, cells)
-    key, value = project_cells(tokens, cos, sin, key_kernel, value_kernel)
-    mask = keep[..., None] & valid[:, None]  # (B, Q, U, P)
-    flat = lambda x: x.reshape(x.shape[0], -1, x.shape[-1])  # noqa: E731
-    return attend(query, flat(key), flat(value), mask.reshape(*mask.shape[:2], -1))
-
-
-def read_cached(
-    query: jax.Array,
-    selection: Selection,
-    picture: Picture,
-    key_kernel: jax.Array,
-    value_kernel: jax.Array,
-    cache: LayerCache,
-    at: tuple,
-) -> tuple[Part, LayerCache]:
-    """Reads cells through a cache: a cell is projected when it is first selected and never again.
-
-    The work follows the number of cells selected, not the capacity: both loops run over lists of cells in steps of
-    CELLS_AT_ONCE, as often as the sample with the longest list needs.
-
-    Args:
-      query: (B, R, H, d).
-      selection: (B, Q, C).
-      cache: of this layer, with `at` its index prefix (see ops/cache.py).
-
-    Returns:
-      The attention to the selected cells, and the cache with them projected.
-    """
-    batch, rows, query_heads, _ = query.shape
-    wanted = selection.keep.any(axis=1)
-    projected = whole(cache.projected, at)
-    length = -(-wanted.shape[-1] // CELLS_AT_ONCE) * CELLS_AT_ONCE
-
-    missing, missing_count = list_cells(wanted & ~projected, length)
-
-    def project(state):
-        turn, key_hd, value_hd = state
-        cells = jax.lax.dynamic_slice_in_dim(missing, turn * CELLS_AT_ONCE, CELLS_AT_ONCE, axis=1)
-        tokens, cos, sin = (read_rows(x, (), cells) for x in (picture.tokens, picture.cos, picture.sin))
-        key, value = project_cells(tokens, cos, sin, key_kernel, value_kernel)
-        return turn + 1, write_rows(key_hd, at, cells, key), write_rows(value_hd, at, cells, value)
-
-    _, key_hd, value_hd = jax.lax.while_loop(
-        lambda state: state[0] * CELLS_AT_ONCE < missing_count.max(), project, (0, cache.key_hd, cache.value_hd)
-    )
-
-    listed, count = list_cells(wanted, length)
-
-    def read(state):
-        turn, out, lse = state
-        cells = jax.lax.dynamic_slice_in_dim(listed, turn * CELLS_AT_ONCE, CELLS_AT_ONCE, axis=1)
-        key, value = (read_rows(x, at, cells).reshape(batch, -1, x.shape[-1]) for x in (key_hd, value_hd))
-        keep = keep_of_listed(selection.keep, cells)
-        mask = keep[..., None] & picture.valid.at[cells].get(mode="clip")[:, None]
-        out, lse = merge((out, lse), attend(query, key, value, mask.reshape(*keep.shape[:2], -1)))
-        return turn + 1, out, lse
-
-    nothing = jnp.zeros_like(query), jnp.full((batch, rows, query_heads), MASKED, jnp.float32)
-    _, out, lse = jax.lax.while_loop(lambda state: state[0] * CELLS_AT_ONCE < count.max(), read, (0, *nothing))
-    cache = cache.replace(
-        key_hd=key_hd,
-        value_hd=value_hd,
-        projected=cache.projected | wanted if not at else cache.projected.at[at].set(projected | wanted),
-    )
-    return (out, lse), cache
-
-
 def take_rows(x: jax.Array, rows: jax.Array) -> jax.Array:
     """x (B, T, ...) at rows (B, n): (B, n, ...); a row outside gives the last one, to be ignored."""
     return read_rows(x, (), rows)
@@ -307,6 +175,64 @@ def take_rows(x: jax.Array, rows: jax.Array) -> jax.Array:
 def put_rows(x: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
     """x (B, T, ...) with rows (B, n) replaced by values (B, n, ...); rows outside are dropped."""
     return write_rows(x, (), rows, values)
+
+
+def read_in_layer(
+    config: VLMConfig,
+    step: Step,
+    query: jax.Array,
+    lowres: Part,
+    keys: jax.Array,
+    kernels: tuple[jax.Array, jax.Array],
+    selection: Selection,
+    index: jax.Array | int,
+    cache: LayerCache | None,
+    at: tuple,
+) -> tuple[jax.Array, Selection, LayerCache | None, dict]:
+    """`flex_attention` in a decoder layer: where cells come from, and what the layer above is told.
+
+    Args:
+      step, query, lowres, keys, selection: see Step and `flex_attention`.
+      kernels: (J*d, D) each, of high-resolution keys and values.
+      index: of the layer among those with FlexAttention; a Python int where layers are not scanned.
+      cache, at: the layer's, see ops/cache.py; None without one.
+
+    Returns:
+      Attention output (B, T, H, d), the new selection, the cache, and named intermediates.
+    """
+    flex = config.flexattention
+
+    def read(rows_query, cells):
+        nonlocal cache
+        if cache is None:
+            return read_union(rows_query, cells, step.picture, *kernels, flex.sample_capacity)
+        part, cache = read_cached(rows_query, cells, step.picture, *kernels, cache, at)
+        return part
+
+    # Nothing is selected yet in the first layer; where layers are scanned, only the selection itself can tell.
+    nothing_selected = isinstance(index, int) and index == 0
+    if step.given is not None:
+        selection = selection.replace(keep=step.given[index])
+    out, selection, attention = flex_attention(
+        flex,
+        query,
+        lowres,
+        keys,
+        step.rows,
+        step.picture,
+        selection,
+        None if nothing_selected else read,
+        index + config.num_plain_layers,
+        step.positions,
+        step.alpha,
+        step.key,
+    )
+    if cache is None:
+        selection = limit_union(flex, selection)
+    named = {"cells": selection.keep, "overflow": selection.overflow}
+    if step.capture:
+        named |= {"map": attention, "strength": selection.strength}
+    return out, selection, cache, named
 
 
 def start_selection(config: FlexAttentionConfig, batch: int, selectors: int) -> Selection:

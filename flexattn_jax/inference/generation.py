@@ -6,6 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from flexattn_jax.highres.cells import Picture
 from flexattn_jax.inputs.batching import Batch
 from flexattn_jax.models.vlm import VLM, Memory
 
@@ -77,7 +78,7 @@ def selected(named: dict) -> tuple[jax.Array | None, jax.Array | None]:
 
 def cells_projected(memory: Memory) -> jax.Array | None:
     """(B,) cells whose keys and values the cache holds, all layers together."""
-    if memory.picture is None:
+    if not isinstance(memory.picture, Picture):
         return None
     flex = memory.cache["flex"]
     filled = jnp.stack([layer.projected for layer in flex]) if isinstance(flex, tuple) else flex.projected

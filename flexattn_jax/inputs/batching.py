@@ -27,7 +27,7 @@ class Batch:
 
     Attributes:
         token_ids: (B, T) int32; image slots and right padding hold 0.
-        lengths: (B,) int32, real lengths with the picture's N slots.
+        lengths: (B,) int32, real lengths with the picture's slots (N of them in LLaVA-1.5).
         image_start: (B,) int32, first image slot; -1 for a sample without a picture.
         content: (B, N) bool, False on image slots that show only padding (all True without a picture).
         pixels: (B, 3, S, S) float32 normalised, zeros for a sample without a picture; None if no sample has one.
@@ -86,7 +86,7 @@ class Sample(NamedTuple):
 class Buckets:
     """Static sizes, each ascending; what is counted is rounded up to the next one."""
 
-    text_lengths: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)  # without the picture's N slots
+    text_lengths: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)  # without the picture's slots
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
     block_lengths: tuple[int, ...] = (8, 16, 24, 32, 64, 128, 256)  # n, of texts that share a beginning
     option_lengths: tuple[int, ...] = (8, 32, 128, 256)  # To
@@ -127,12 +127,12 @@ def _round_up(needed: int, sizes: tuple[int, ...], what: str, remedy: str) -> in
 
 
 def expand_image_tokens(ids: Sequence[int], config: VLMConfig) -> tuple[np.ndarray, int]:
-    """Makes room for the picture: N slots holding 0 where its place-holder stood.
+    """Makes room for the picture: `config.num_slots` slots holding 0 where its place-holder stood.
 
     Args:
         ids: with IMAGE_PLACEHOLDER once, or a run of exactly N `config.image_token_id` (Hugging Face's processors
             write the run), or neither.
-        config: gives N, the image token and the vocabulary.
+        config: gives the slots, N, the image token and the vocabulary.
 
     Returns:
         ids (length,) int32, and the first image slot, -1 without a picture.
@@ -143,7 +143,7 @@ def expand_image_tokens(ids: Sequence[int], config: VLMConfig) -> tuple[np.ndarr
     ids = np.asarray(ids)
     if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
         raise BatchError(f"prompt ids must be a non-empty list of integers, not {ids.dtype} of shape {ids.shape}")
-    slots = config.num_lowres_tokens
+    slots, written = config.num_slots, config.num_lowres_tokens
     placeholders = np.flatnonzero(ids == IMAGE_PLACEHOLDER)
     run = np.flatnonzero(ids == config.image_token_id) if config.image_token_id is not None else placeholders[:0]
     if len(placeholders) > 1 or (len(placeholders) and len(run)):
@@ -151,10 +151,10 @@ def expand_image_tokens(ids: Sequence[int], config: VLMConfig) -> tuple[np.ndarr
             f"prompt ids hold {len(placeholders)} place-holders ({IMAGE_PLACEHOLDER}) and {len(run)} image tokens; "
             "one picture a prompt is supported: write it once, in one of the two forms"
         )
-    if len(run) and (len(run) != slots or run[-1] - run[0] + 1 != slots):
+    if len(run) and (len(run) != written or run[-1] - run[0] + 1 != written):
         raise BatchError(
             f"prompt ids hold {len(run)} image tokens (id {config.image_token_id}); one picture is a single run of "
-            f"{slots} of them, or {IMAGE_PLACEHOLDER} once"
+            f"{written} of them, or {IMAGE_PLACEHOLDER} once"
         )
     image_ids = placeholders if len(placeholders) else run
     text = np.delete(ids, image_ids)
@@ -173,7 +173,7 @@ def expand_image_tokens(ids: Sequence[int], config: VLMConfig) -> tuple[np.ndarr
 def make_batch(
     samples: Sequence[Sample | tuple], config: VLMConfig, buckets: Buckets, pad_batch_to: int | None = None
 ) -> Batch:
-    """Pads samples to a bucket: T is a text bucket, plus N if any sample has a picture; B is a batch bucket.
+    """Pads samples to a bucket: T is a text bucket, plus the slots if any sample has a picture; B is a batch bucket.
 
     Rows beyond the samples are text-only of length 1, so that nothing in them is undefined.
 
@@ -194,17 +194,20 @@ def make_batch(
         raise BatchError("a batch needs at least one sample")
     expanded = [_checked(sample, index, config) for index, sample in enumerate(samples)]
     rows = _batch_rows(len(samples), buckets, pad_batch_to)
-    slots = config.num_lowres_tokens
+    slots = config.num_slots
     with_picture = any(start >= 0 for _, start in expanded)
     from_pixels = any(sample.pixels is not None for sample in samples)
     if from_pixels and any(sample.views is not None for sample in samples):
         raise BatchError("a batch holds pixels of some samples and views of others; give one of the two for all")
     blocks = _find_blocks(samples, expanded, slots, buckets)
-    longest = max(
-        text_places(s.segments, len(ids), start, slots, blocks)[-1] + 1
-        for s, (ids, start) in zip(samples, expanded, strict=True)
+    # Where the model drops tokens, a sample without a picture must fit what is left of the others'.
+    taken, room = (config.segments[-1].num_slots, slots) if with_picture else (0, 0)
+    length = room + buckets.text_length(
+        max(
+            text_places(s.segments, len(ids), start, slots, blocks)[-1] + 1 - (room if start >= 0 else taken)
+            for s, (ids, start) in zip(samples, expanded, strict=True)
+        )
     )
-    length = slots + buckets.text_length(longest - slots) if with_picture else buckets.text_length(longest)
     if blocks is not None:
         length -= (length - blocks[0]) % blocks[1]
 
@@ -212,7 +215,7 @@ def make_batch(
         token_ids=np.zeros((rows, length), np.int32),
         lengths=np.ones(rows, np.int32),
         image_start=np.full(rows, -1, np.int32),
-        content=np.ones((rows, slots), bool),
+        content=np.ones((rows, config.num_lowres_tokens), bool),
         pixels=np.zeros((rows, 3, config.image_size, config.image_size), np.float32) if from_pixels else None,
         views=_stacked_views(samples, rows),
         blocks=blocks,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 
-from flexattn_jax.models.layers import Linear
+from flexattn_jax.ops.layers import Linear
 
 
 class Connector(nn.Module):

@@ -1,77 +1,33 @@
-"""LLaMA decoder in two segments: plain layers, and layers that read high resolution where the last one pointed."""
+"""LLaMA decoder in segments of equal layers: plain ones, ones with FlexAttention, ones after tokens were dropped."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
-from flexattn_jax.config import DecoderConfig, VLMConfig
-from flexattn_jax.highres import flexattention
-from flexattn_jax.highres.flexattention import Picture, Rows
-from flexattn_jax.models.layers import Kernel, Linear, layer_stack
+from flexattn_jax.config import DecoderConfig, Segment, VLMConfig
+from flexattn_jax.highres import flexattention, pruning
+from flexattn_jax.highres.crossattention import CrossAttention
+from flexattn_jax.highres.step import Carry, Step
 from flexattn_jax.ops.attention import attend, attend_blocks, merge
 from flexattn_jax.ops.cache import SegmentCache, close_layer, open_layer, read_sequence, write_sequence
+from flexattn_jax.ops.layers import Kernel, Linear, layer_stack
 from flexattn_jax.ops.rope import apply_rope, rope_table
-from flexattn_jax.ops.selection import Selection
-
-
-@flax.struct.dataclass
-class Step:
-    """What all layers of one call share.
-
-    positions: (B, T) int32, places of this call's tokens in the sequence (rotation, cache slots).
-    cos, sin: (B, T, d/2) float32, filled in by the decoder.
-    mask: bool, broadcastable to (B, T, T), which of this call's tokens each of them may read, where they continue a
-      cache without being appended to it; everywhere else it is the earlier ones and itself.
-    blocks: Batch.blocks.
-    past: (B,) int32, tokens already in the cache, all of which are read; None: this call starts the sequence.
-    picture, rows: None where no row of this call reads high resolution.
-    alpha: () float32, see flex_attention; None: 1.
-    key: random key of selector "random"; None: FlexAttentionConfig.seed.
-    given: (layers of the second segment, B, Q, C) bool, cells read in each layer in place of those selected, to
-      find out what the selection is worth; without a cache only. The first layer reads none.
-    append: write this call's keys and values to the cache.
-    capture: return the residual stream and the attention outputs of all layers.
-    """
-
-    positions: jax.Array
-    mask: jax.Array | None = None
-    cos: jax.Array | None = None
-    sin: jax.Array | None = None
-    past: jax.Array | None = None
-    picture: Picture | None = None
-    rows: Rows | None = None
-    alpha: jax.Array | None = None
-    key: jax.Array | None = None
-    given: jax.Array | None = None
-    blocks: tuple[int, int] | None = flax.struct.field(pytree_node=False, default=None)
-    append: bool = flax.struct.field(pytree_node=False, default=True)
-    capture: bool = flax.struct.field(pytree_node=False, default=False)
-
-
-@flax.struct.dataclass
-class Carry:
-    """What goes from layer to layer: hidden (B, T, D), the selection (None in plain layers), the segment's cache."""
-
-    hidden: jax.Array
-    selection: Selection | None
-    cache: SegmentCache | None
 
 
 class SelfAttention(nn.Module):
-    """Causal self-attention; in the second segment with FlexAttention on top."""
+    """Causal self-attention; with FlexAttention on top, or ranking the picture's tokens, where the segment does so."""
 
     config: VLMConfig
-    flex: bool
+    segment: Segment
 
     @nn.compact
     def __call__(self, x: jax.Array, carry: Carry, index: Any, step: Step) -> tuple[jax.Array, Carry, dict]:
         """x (B, T, D), normalised -> attention output (B, T, D), the new carry, named intermediates."""
-        decoder, flex = self.config.decoder, self.config.flexattention
+        decoder = self.config.decoder
         batch, length, _ = x.shape
         query, key, value = (
             Linear(heads * decoder.head_dim, name=f"{part}_proj")(x).reshape(batch, length, heads, decoder.head_dim)
@@ -88,59 +44,31 @@ class SelfAttention(nn.Module):
             )
         if step.past is None:
             if step.blocks is None:
-                lowres, keys = attend(query, key, value, causal=True), key
+                sequence, keys = attend(query, key, value, causal=True), key
             else:
-                lowres, keys = attend_blocks(query, key, value, *step.blocks), key
+                sequence, keys = attend_blocks(query, key, value, *step.blocks), key
         else:
             keys, values = read_sequence(cache.key, at), read_sequence(cache.value, at)
             place = jnp.arange(keys.shape[1])
             if step.append:  # what was just written is read back with the rest
-                lowres = attend(query, keys, values, place <= step.positions[..., None])
+                newest = step.past[:, None] + jnp.arange(length)
+                sequence = attend(query, keys, values, place <= newest[..., None])
             else:
                 past = attend(query, keys, values, (place < step.past[:, None])[:, None])
-                lowres = merge(past, attend(query, key, value, step.mask))
+                sequence = merge(past, attend(query, key, value, step.mask))
 
-        named, selection = {}, carry.selection
-        if self.flex:
+        out, selection, named = sequence[0], carry.selection, {}
+        if self.segment.name == "flex":
             kernels = tuple(
                 Kernel(decoder.num_kv_heads * decoder.head_dim, decoder.width, x.dtype, name=f"{part}_proj_hd")()
                 for part in "kv"
             )
-        if self.flex and step.rows is not None:
-
-            def read(rows_query, cells):
-                nonlocal cache
-                if cache is None:
-                    return flexattention.read_union(rows_query, cells, step.picture, *kernels, flex.sample_capacity)
-                part, cache = flexattention.read_cached(rows_query, cells, step.picture, *kernels, cache, at)
-                return part
-
-            # Nothing is selected yet in the first layer; where layers are scanned, only the selection itself can tell.
-            nothing_selected = isinstance(index, int) and index == 0
-            if step.given is not None:
-                selection = selection.replace(keep=step.given[index])
-            layer = index + self.config.num_plain_layers
-            out, selection, attention = flexattention.flex_attention(
-                flex,
-                query,
-                lowres,
-                keys,
-                step.rows,
-                step.picture,
-                selection,
-                None if nothing_selected else read,
-                layer,
-                step.positions,
-                step.alpha,
-                step.key,
-            )
-            if cache is None:
-                selection = flexattention.limit_union(flex, selection)
-            named = {"cells": selection.keep, "overflow": selection.overflow}
-            if step.capture:
-                named |= {"map": attention, "strength": selection.strength}
-        else:
-            out = lowres[0]
+            if step.rows is not None:
+                out, selection, cache, named = flexattention.read_in_layer(
+                    self.config, step, query, sequence, keys, kernels, selection, index, cache, at
+                )
+        elif selection is not None:
+            selection = pruning.rank_slots(query, keys, sequence[1], step.slots, self.segment.num_slots)
         out = Linear(decoder.width, name="o_proj")(out.reshape(batch, length, -1))
         if cache is not None:
             cache = close_layer(carry.cache, index, cache)
@@ -160,22 +88,24 @@ class GatedMLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """A pre-norm decoder layer of either segment."""
+    """A pre-norm decoder layer of any segment."""
 
     config: VLMConfig
-    flex: bool
+    segment: Segment
 
     @nn.compact
     def __call__(self, carry: Carry, index: Any, step: Step) -> tuple[Carry, dict]:
         """One layer; `index` counts within the segment. Returns the carry and named intermediates."""
         decoder, hidden = self.config.decoder, carry.hidden
         x = rms_norm(decoder, hidden.dtype, "input_norm")(hidden)
-        attention, carry, named = SelfAttention(self.config, self.flex, name="self_attn")(x, carry, index, step)
+        attention, carry, named = SelfAttention(self.config, self.segment, name="self_attn")(x, carry, index, step)
         if step.capture:
             named |= {"hidden": hidden, "attention": attention}
-        hidden = hidden + attention
-        x = rms_norm(decoder, hidden.dtype, "post_attention_norm")(hidden)
-        return carry.replace(hidden=hidden + GatedMLP(decoder.mlp_dim, name="mlp")(x)), named
+        carry = carry.replace(hidden=hidden + attention)
+        if self.config.crossattention is not None and step.picture is not None:
+            carry = CrossAttention(self.config, name="cross_attn")(carry, index, step.picture)
+        x = rms_norm(decoder, hidden.dtype, "post_attention_norm")(carry.hidden)
+        return carry.replace(hidden=carry.hidden + GatedMLP(decoder.mlp_dim, name="mlp")(x)), named
 
 
 def rms_norm(config: DecoderConfig, dtype: jnp.dtype, name: str) -> nn.RMSNorm:
@@ -184,7 +114,7 @@ def rms_norm(config: DecoderConfig, dtype: jnp.dtype, name: str) -> nn.RMSNorm:
 
 
 class Decoder(nn.Module):
-    """Embedding, two segments of layers, final norm, head."""
+    """Embedding, segments of layers, final norm, head."""
 
     config: VLMConfig
 
@@ -221,32 +151,57 @@ class Decoder(nn.Module):
           cache: by segment, as `new_cache` makes it; None: nothing is remembered.
 
         Returns:
-          Hidden states (B, T, D) after the final norm, the cache, and named intermediates: `cells` (layers, B, Q, C)
-          bool and `overflow` (layers, B, Q), made by layers first_layer .. L-1; with step.capture also `map`
-          (layers, B, Q, N), `strength`, and for all L layers `hidden` (L, B, T, D), their inputs, and
-          `attention`, their attention outputs; and `final_hidden` (B, T, D).
+          Hidden states (B, T, D) after the final norm, zero in rows that were dropped on the way; the cache; and named
+          intermediates. Of FlexAttention: `cells` (layers, B, Q, C) bool and `overflow` (layers, B, Q), made by layers
+          first_layer .. L-1, and with step.capture `map` (layers, B, Q, N) and `strength`. Of token dropping:
+          `kept_rows` (cuts, B, T) bool, what each cut left. With step.capture for all L layers also `hidden`
+          (L, B, T, D), their inputs, and `attention`, their attention outputs; and `final_hidden` (B, T, D).
         """
-        config, flex = self.config, self.config.flexattention
-        cos, sin = rope_table(step.positions, config.decoder.head_dim, config.decoder.rope_theta)
-        step = step.replace(cos=cos, sin=sin)
-        caches, named = dict(cache or {}), {}
-        for name, length in (("plain", config.num_plain_layers), ("flex", config.num_flex_layers)):
-            if not length:
-                continue
-            selection = None
-            if name == "flex" and step.rows is not None:
-                selection = flexattention.start_selection(flex, hidden.shape[0], step.rows.selectors.shape[1])
-            segment = layer_stack(
-                DecoderLayer, name, length, config.scan_layers, config.remat, config=config, flex=name == "flex"
+        config, length = self.config, hidden.shape[1]
+        caches, named, selection, kept, kept_rows = dict(cache or {}), {}, None, None, []
+        for i, segment in enumerate(config.segments):
+            here = step
+            if i and step.slots is not None:
+                if step.past is not None:
+                    here = pruning.skip_dropped(config.reduction, step, config.num_slots - segment.num_slots)
+                else:
+                    hidden, step, rows = pruning.drop_slots(
+                        config.reduction, hidden, step, selection, segment.num_slots
+                    )
+                    here, kept = step, rows if kept is None else jnp.take_along_axis(kept, rows, axis=1)
+                    kept_rows.append(pruning.mark_rows(kept, length))
+            cos, sin = rope_table(here.positions, config.decoder.head_dim, config.decoder.rope_theta)
+            carry = Carry(hidden, self._selection(segment, hidden, step), caches.get(segment.name))
+            stack = layer_stack(
+                DecoderLayer,
+                segment.name,
+                segment.num_layers,
+                config.scan_layers,
+                config.remat,
+                config=config,
+                segment=segment,
             )
-            carry = Carry(hidden=hidden, selection=selection, cache=caches.get(name))
-            carry, outputs = segment(carry, step)
-            hidden = carry.hidden
+            carry, outputs = stack(carry, here.replace(cos=cos, sin=sin))
+            hidden, selection = carry.hidden, carry.selection
             if cache is not None:
-                caches[name] = carry.cache
+                caches[segment.name] = carry.cache
             for key, value in outputs.items():
+                if kept is not None:
+                    value = jax.vmap(lambda x, kept=kept: pruning.undrop_rows(x, kept, length))(value)
                 named[key] = jnp.concatenate([named[key], value]) if key in named else value
+        if kept is not None:
+            hidden = pruning.undrop_rows(hidden, kept, length)
+            named["kept_rows"] = jnp.stack(kept_rows)
         hidden = self.final_norm(hidden)
         if step.capture:
             named["final_hidden"] = hidden
         return hidden, caches if cache is not None else None, named
+
+    def _selection(self, segment: Segment, hidden: jax.Array, step: Step) -> Any:
+        """What the first layer of a segment gets as Carry.selection."""
+        batch = hidden.shape[0]
+        if segment.name == "flex" and step.rows is not None:
+            return flexattention.start_selection(self.config.flexattention, batch, step.rows.selectors.shape[1])
+        if step.slots is not None and step.past is None and segment != self.config.segments[-1]:
+            return jnp.zeros((batch, segment.num_slots), jnp.float32)
+        return None

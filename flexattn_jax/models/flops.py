@@ -43,21 +43,24 @@ def step_flops(config: VLMConfig, batch: int, length: int, readers: int, trains_
     width, inner, kv = decoder.width, decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
     backward = 2 if trains_decoder else 1  # with respect to the inputs, and to the weights
 
-    weights, attention = _layer(config, length)
-    head = 2 * length * width * decoder.vocab_size
-    total = (decoder.num_layers * weights + head) * (1 + backward) + decoder.num_layers * attention * 3
+    total = 2 * length * width * decoder.vocab_size * (1 + backward)
+    for segment in config.segments:
+        rows = length - (config.num_slots - segment.num_slots)
+        weights, attention = _layer(config, rows)
+        cross_weights, cross_source, cross_attention = _cross_attention(config, rows)
+        total += segment.num_layers * (
+            (weights + cross_weights) * (1 + backward)
+            + (attention + cross_attention) * 3
+            + cross_source * (2 if trains_decoder else 1)  # features have no gradient: only that of the weights
+        )
 
-    slots = config.num_lowres_tokens
-    tiles = 1 + (flex.zoom_ratio**2 if config.reads_highres else 0)
-    connector = 2 * slots * (config.vision.width * width + width * width)
-    total += tower_flops(config)
-    total += tiles * connector + 2 * connector  # the tower gets no gradient; only low resolution trains the connector
+    # The tower gets no gradient, nor does the connector through what FlexAttention reads (released code).
+    total += tower_flops(config) + connector_flops(config) + 2 * _connector(config, config.num_slots)
 
     if config.reads_highres:
         index, _ = cell_tokens(config.highres_grid, flex.cell_grid)
         read = flex.sample_capacity * index.shape[1]
         rows = length if flex.variant == "paper" else readers
-        # Features have no gradient: the projections' backward pass forms that of the weights alone.
         projections = 2 * 2 * read * width * kv * (2 if trains_decoder else 1)
         # The first layer reads nothing, but where layers are scanned it computes as the others do.
         layers = config.num_flex_layers if config.scan_layers else config.num_flex_layers - 1
@@ -65,10 +68,22 @@ def step_flops(config: VLMConfig, batch: int, length: int, readers: int, trains_
     return float(batch * total)
 
 
+def prefill_flops(config: VLMConfig, text_tokens: int, cells_projected: float = 0.0, cells_read: float = 0.0) -> float:
+    """Operations from a picture and a prompt to logits at every position: tower, connector, decoder, head.
+
+    Args:
+      text_tokens: beside the picture's slots; cells_projected, cells_read: see `decoder_flops`.
+    """
+    length = config.num_slots + text_tokens
+    head = 2 * length * config.decoder.width * config.decoder.vocab_size
+    decoder = decoder_flops(config, length, cells_projected, cells_read)
+    return tower_flops(config) + connector_flops(config) + decoder + head
+
+
 def tower_flops(config: VLMConfig) -> float:
-    """Operations of the tower for one picture, at both resolutions where the model reads both."""
+    """Operations of the tower for one picture, at both resolutions where the model sees both."""
     tower, slots = config.vision, config.num_lowres_tokens
-    tiles = 1 + (config.flexattention.zoom_ratio**2 if config.reads_highres else 0)
+    grids = [config.lowres_grid] + [config.highres_grid // max(config.tiles, 1)] * config.tiles**2
     if isinstance(tower, ConvVisionConfig):
         per_token, channels, area = 0.0, 3, tower.patch_size**2
         for width, stride in zip(tower.stem_widths, tower.stem_strides, strict=True):
@@ -76,27 +91,54 @@ def tower_flops(config: VLMConfig) -> float:
             per_token += area * 2 * 4 * stride**2 * channels * width
             channels = width
         per_token += tower.num_layers * 2 * 10 * channels * tower.mlp_dim
-        return tiles * slots * per_token
-    tokens = slots + 1
-    block = 2 * tokens * tower.width * (4 * tower.width + 2 * tower.mlp_dim) + 4 * tokens * tokens * tower.width
-    return tiles * (tower.num_blocks * block + 2 * slots * 3 * tower.patch_size**2 * tower.width)
+        return (slots + (config.highres_grid**2 if config.tiles else 0)) * per_token
+    total = 0
+    for grid in grids:
+        tokens = grid**2 + 1
+        block = 2 * tokens * tower.width * (4 * tower.width + 2 * tower.mlp_dim) + 4 * tokens * tokens * tower.width
+        total += tower.num_blocks * block + 2 * grid**2 * 3 * tower.patch_size**2 * tower.width
+    return float(total)
+
+
+def connector_flops(config: VLMConfig) -> float:
+    """Operations of the connector for one picture, at both resolutions where the decoder reads both through it."""
+    cross = config.crossattention
+    reads_both = config.reads_highres or (cross is not None and cross.source == "connector")
+    return _connector(config, config.num_slots + (config.highres_grid**2 if reads_both else 0))
+
+
+def _connector(config: VLMConfig, tokens: int) -> float:
+    width = config.decoder.width
+    return float(2 * tokens * (config.vision.width * width + width * width))
 
 
 def decoder_flops(config: VLMConfig, length: int, cells_projected: float = 0.0, cells_read: float = 0.0) -> float:
     """Operations of the decoder's layers for a prompt and its answer, each position once.
 
     Args:
-      length: positions, the picture's tokens in the sequence included.
-      cells_projected: cells whose keys and values are computed, in all layers together.
+      length: positions where the decoder begins, the picture's tokens in the sequence included.
+      cells_projected: FlexAttention's cells whose keys and values are computed, in all layers together.
       cells_read: cells that rows read, in all rows and layers together.
     """
-    decoder = config.decoder
-    total = decoder.num_layers * float(sum(_layer(config, length)))
+    decoder, total = config.decoder, 0.0
+    for segment in config.segments:
+        rows = length - (config.num_slots - segment.num_slots)
+        total += segment.num_layers * float(sum(_layer(config, rows)) + sum(_cross_attention(config, rows)))
     if cells_projected or cells_read:
         tokens = cell_tokens(config.highres_grid, config.flexattention.cell_grid)[0].shape[1]
         kv, inner = decoder.num_kv_heads * decoder.head_dim, decoder.num_heads * decoder.head_dim
         total += tokens * (4 * decoder.width * kv * cells_projected + 4 * inner * cells_read)
     return total
+
+
+def _cross_attention(config: VLMConfig, rows: int) -> tuple[int, int, int]:
+    """Operations of one layer's cross-attention: the rows' projections, the picture's, and attention itself."""
+    cross = config.crossattention
+    if cross is None:
+        return 0, 0, 0
+    tokens, width = config.highres_grid**2, config.decoder.width
+    source = config.vision.width if cross.source == "tower" else width
+    return 4 * rows * width * cross.width, 4 * tokens * source * cross.width, 4 * rows * tokens * cross.width
 
 
 def _layer(config: VLMConfig, length: int) -> tuple[int, int]:

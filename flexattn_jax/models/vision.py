@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexattn_jax.config import ConvVisionConfig, VisionConfig
-from flexattn_jax.models.layers import Linear, activation, layer_stack
-from flexattn_jax.ops.attention import attend
+from flexattn_jax.ops.attention import attend, row_probabilities
+from flexattn_jax.ops.layers import Linear, activation, layer_stack
 
 
 @flax.struct.dataclass
@@ -56,18 +56,43 @@ def untile_index(tiles: int, grid: int) -> jax.Array:
     return ((y // grid) * tiles + x // grid) * grid**2 + (y % grid) * grid + x % grid
 
 
+@flax.struct.dataclass
+class ClassRow:
+    """What a block's class token looks at: what VisionZip ranks patches by.
+
+    scores: (B, n) float32, its attention to each token, itself first, summed over heads.
+    keys: (B, n, d), averaged over heads.
+    """
+
+    scores: Any
+    keys: Any
+
+
+@flax.struct.dataclass
+class Tokens:
+    """What goes from block to block: x (B, n, Dv), and the last block's class row; None where nobody asks for it."""
+
+    x: Any
+    row: ClassRow | None = None
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with biases, every token reading every token."""
 
     num_heads: int
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x (B, n, Dv) -> (B, n, Dv)."""
+    def __call__(self, x: jax.Array, ranked: bool) -> tuple[jax.Array, ClassRow | None]:
+        """x (B, n, Dv) -> (B, n, Dv), and with `ranked` the class row."""
         split = (*x.shape[:-1], self.num_heads, x.shape[-1] // self.num_heads)
         query, key, value = (Linear(x.shape[-1], True, name=f"{part}_proj")(x) for part in "qkv")
-        out, _ = attend(query.reshape(split), key, value)
-        return Linear(x.shape[-1], True, name="out_proj")(out.reshape(x.shape))
+        query = query.reshape(split)
+        out, lse = attend(query, key, value)
+        out = Linear(x.shape[-1], True, name="out_proj")(out.reshape(x.shape))
+        if not ranked:
+            return out, None
+        scores = row_probabilities(query[:, :1], key, lse[:, :1])[:, 0]
+        return out, ClassRow(scores, key.reshape(split).mean(axis=2))
 
 
 class MLP(nn.Module):
@@ -89,12 +114,14 @@ class Block(nn.Module):
     config: VisionConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, index: jax.Array | int) -> tuple[jax.Array, None]:
-        """x (B, n, Dv) -> (B, n, Dv)."""
-        config = self.config
-        x = x + Attention(config.num_heads, name="self_attn")(layer_norm(config, x.dtype, "norm1")(x))
+    def __call__(self, tokens: Tokens, index: jax.Array | int) -> tuple[Tokens, None]:
+        """One block."""
+        config, x = self.config, tokens.x
+        attention = Attention(config.num_heads, name="self_attn")
+        out, row = attention(layer_norm(config, x.dtype, "norm1")(x), tokens.row is not None)
+        x = x + out
         x = x + MLP(config.mlp_dim, config.activation, name="mlp")(layer_norm(config, x.dtype, "norm2")(x))
-        return x, None
+        return Tokens(x, row), None
 
 
 def layer_norm(config: VisionConfig | ConvVisionConfig, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
@@ -109,7 +136,6 @@ class VisionTower(nn.Module):
     dtype: jnp.dtype
     scan_layers: bool
 
-    @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """Encodes pictures or tiles of at most the native size.
 
@@ -120,6 +146,11 @@ class VisionTower(nn.Module):
         Returns:
           (B, (s / patch)**2, Dv): hidden state `select_layer` without the class token.
         """
+        return self.tokens(pixels, ranked=False).x[:, 1:]
+
+    @nn.compact
+    def tokens(self, pixels: jax.Array, ranked: bool) -> Tokens:
+        """The class token and the patches (B, 1 + (s / patch)**2, Dv), with `ranked` the last block's class row."""
         config, patch = self.config, self.config.patch_size
         batch, _, side, _ = pixels.shape
         grid = side // patch
@@ -135,23 +166,35 @@ class VisionTower(nn.Module):
 
         x = jnp.concatenate([jnp.broadcast_to(class_token, (batch, 1, config.width)), x], axis=1) + positions
         x = layer_norm(config, self.dtype, "pre_norm")(x)
+        row = None
+        if ranked:  # of the shape that the blocks give it
+            row = ClassRow(
+                jnp.zeros(x.shape[:2], jnp.float32),
+                jnp.zeros((*x.shape[:2], config.width // config.num_heads), self.dtype),
+            )
+        tokens = Tokens(x, row)
         if config.num_blocks:
-            x, _ = layer_stack(Block, "blocks", config.num_blocks, self.scan_layers, config=config)(x)
-        return x[:, 1:]
+            tokens, _ = layer_stack(Block, "blocks", config.num_blocks, self.scan_layers, config=config)(tokens)
+        return tokens
 
-    def views(self, small: jax.Array, pixels: jax.Array | None) -> Views:
-        """Sees pictures at low resolution and, tile by tile in the same batch, at high resolution.
+    def views(self, small: jax.Array, pixels: jax.Array | None, tiles: int) -> Views:
+        """Sees pictures at low resolution and, tile by tile, at high resolution.
 
         Args:
           small: (B, 3, s, s), normalised.
-          pixels: (B, 3, z*s, z*s), the same larger; None: low resolution only.
+          pixels: (B, 3, S, S), the same larger; None: low resolution only.
+          tiles: squares a side into which the larger picture is cut.
         """
         if pixels is None:
             return Views(self(small))
-        zoom, batch = pixels.shape[-1] // small.shape[-1], small.shape[0]
-        features = self(jnp.concatenate([small, tile(pixels, zoom)]))
-        highres = features[batch:].reshape(batch, -1, features.shape[-1])
-        return Views(features[:batch], highres[:, untile_index(zoom, small.shape[-1] // self.config.patch_size)])
+        batch, parts = small.shape[0], tile(pixels, tiles)
+        if parts.shape[1:] == small.shape[1:]:  # one batch for the tower
+            features = self(jnp.concatenate([small, parts]))
+            lowres, highres = features[:batch], features[batch:]
+        else:
+            lowres, highres = self(small), self(parts)
+        highres = highres.reshape(batch, -1, highres.shape[-1])
+        return Views(lowres, highres[:, untile_index(tiles, parts.shape[-1] // self.config.patch_size)])
 
 
 def position_features(grid: int, dims: int) -> np.ndarray:
@@ -210,8 +253,11 @@ class ConvTower(nn.Module):
         x = jnp.concatenate([x, jnp.broadcast_to(place, (*x.shape[:3], config.position_dims))], axis=-1)
         return x.reshape(x.shape[0], -1, config.width)
 
-    def views(self, small: jax.Array, pixels: jax.Array | None) -> Views:
-        """Sees pictures at low resolution, small (B, 3, s, s), and at high resolution, pixels (B, 3, S, S) or None."""
+    def views(self, small: jax.Array, pixels: jax.Array | None, tiles: int) -> Views:
+        """Sees pictures at low resolution, small (B, 3, s, s), and at high resolution, pixels (B, 3, S, S) or None.
+
+        `tiles` changes nothing: this tower reads the whole picture.
+        """
         return Views(self(small), None if pixels is None else self(pixels))
 
 

@@ -8,14 +8,17 @@ import jax
 import jax.numpy as jnp
 
 from flexattn_jax.config import VLMConfig
-from flexattn_jax.highres.flexattention import Picture, Rows
+from flexattn_jax.highres.cells import Picture, make_picture
+from flexattn_jax.highres.crossattention import Positions, Source
+from flexattn_jax.highres.reduction import reduce_features
+from flexattn_jax.highres.step import Rows, Slots, Step
+from flexattn_jax.highres.visionzip import visionzip
 from flexattn_jax.inputs.batching import Batch, BatchError
 from flexattn_jax.models.connector import Connector
-from flexattn_jax.models.decoder import Decoder, Step
+from flexattn_jax.models.decoder import Decoder
 from flexattn_jax.models.vision import Views, build_tower
 from flexattn_jax.ops.cache import SegmentCache, new_cache
-from flexattn_jax.ops.resize import downscale, resize_rope
-from flexattn_jax.ops.rope import rope_table
+from flexattn_jax.ops.resize import downscale
 from flexattn_jax.ops.selection import cell_tokens
 
 
@@ -23,8 +26,8 @@ from flexattn_jax.ops.selection import cell_tokens
 class Features:
     """A picture's tokens, which any number of questions may share.
 
-    lowres: (B, N, D).
-    highres: (B, C, P, D) by cell, without gradient; None where the model reads none.
+    lowres: (B, slots, D), what sits in the sequence: low resolution; with `dense` high resolution behind it.
+    highres: FlexAttention's (B, C, P, D) by cell, without gradient; cross-attention's (B, M, F); else None.
     """
 
     lowres: jax.Array
@@ -37,16 +40,18 @@ class Memory:
 
     cache: keys and values by segment.
     lengths: (B,) int32, sequence positions filled.
-    picture: high-resolution features, or None where the model reads none.
+    picture: high-resolution features (FlexAttention's Picture, cross-attention's Source), or None.
+    slots: where the picture's tokens were, in a model that drops some; else None.
     """
 
     cache: dict[str, SegmentCache]
     lengths: jax.Array
-    picture: Picture | None
+    picture: Picture | Source | None
+    slots: Slots | None = None
 
 
 class VLM(nn.Module):
-    """Vision tower, connector and decoder. With `config.flexattention` None it is LLaVA-1.5."""
+    """Vision tower, connector and decoder: LLaVA-1.5, and what `config` adds to it."""
 
     config: VLMConfig
 
@@ -55,27 +60,47 @@ class VLM(nn.Module):
         self.vision = build_tower(config.vision, jnp.dtype(config.dtype), config.scan_layers)
         self.connector = Connector(config.decoder.width)
         self.decoder = Decoder(config)
+        if config.crossattention is not None:
+            self.highres = Positions()
 
     def tower(self, pixels: jax.Array) -> jax.Array:
         """The tower alone, with gradient: (B, 3, s, s), normalised -> (B, (s / patch)**2, Dv)."""
         return self.vision(pixels)
 
     def see(self, pixels: jax.Array) -> Views:
-        """The tower's features of pictures (B, 3, S, S), normalised, at both resolutions; without gradient."""
-        small = downscale(pixels, self.config.lowres_size)
-        return jax.lax.stop_gradient(self.vision.views(small, pixels if self.config.reads_highres else None))
+        """The tower's features of pictures (B, 3, S, S), normalised, that the model reads; without gradient."""
+        config, reduction, small = self.config, self.config.reduction, downscale(pixels, self.config.lowres_size)
+        if reduction is not None and reduction.method == "visionzip":
+            tokens = self.vision.tokens(small, ranked=True)
+            row = tokens.row
+            views = Views(visionzip(tokens.x, row.scores[:, 1:], row.keys[:, 1:], reduction.tokens))
+        else:
+            views = self.vision.views(small, pixels if config.tiles else None, config.tiles)
+            if reduction is not None and not reduction.in_decoder:
+                views = Views(reduce_features(reduction, views.lowres))
+        return jax.lax.stop_gradient(views)
 
     def connect(self, views: Views) -> tuple[Features, dict]:
         """Brings what the tower saw to the decoder's width.
 
         Returns:
           The features; and named intermediates `lowres_features` (B, N, Dv), `lowres` (B, N, D), `highres` (B, M, D) in
-          raster order. The connector gets no gradient through high resolution (released code).
+          raster order; N fewer where `reduction` has made them so. FlexAttention's connector gets no gradient through
+          high resolution (released code).
         """
         config = self.config
         views = jax.tree.map(lambda x: jnp.asarray(x, config.dtype), views)
+        named = {"lowres_features": views.lowres}
+        if config.dense is not None:
+            tokens = self.connector(jnp.concatenate([views.lowres, views.highres], axis=1))
+            lowres, highres = jnp.split(tokens, [config.num_lowres_tokens], axis=1)
+            return Features(tokens, None), named | {"lowres": lowres, "highres": highres}
         lowres = self.connector(views.lowres)
-        named = {"lowres_features": views.lowres, "lowres": lowres}
+        named["lowres"] = lowres
+        if config.crossattention is not None:
+            connected = config.crossattention.source == "connector"
+            highres = self.connector(views.highres) if connected else views.highres
+            return Features(lowres, self.highres(highres)), named | {"highres": highres}
         if not config.reads_highres:
             return Features(lowres, None), named
         highres = jax.lax.stop_gradient(self.connector(views.highres))
@@ -87,8 +112,10 @@ class VLM(nn.Module):
         features, named = self.connect(self.see(pixels))
         return features, named | {"lowres_pixels": downscale(pixels, self.config.lowres_size)}
 
-    def assemble(self, batch: Batch, features: Features | None) -> tuple[jax.Array, Picture | None, dict]:
-        """The sequence (B, T, D) with the pictures' low-resolution tokens in their slots, and the Picture.
+    def assemble(
+        self, batch: Batch, features: Features | None
+    ) -> tuple[jax.Array, Picture | Source | None, Slots | None, dict]:
+        """The sequence (B, T, D) with the pictures' tokens in their slots, and what the layers know of the pictures.
 
         Args:
           batch: see Batch.
@@ -102,44 +129,18 @@ class VLM(nn.Module):
             elif batch.pixels is not None:
                 features, named = self.encode(batch.pixels)
             else:
-                return hidden, None, named
+                return hidden, None, None, named
         slot = jnp.arange(hidden.shape[1]) - batch.image_start[:, None]  # (B, T)
-        is_slot = (slot >= 0) & (slot < config.num_lowres_tokens) & (batch.image_start >= 0)[:, None]
-        tokens = jnp.take_along_axis(
-            features.lowres, jnp.clip(slot, 0, config.num_lowres_tokens - 1)[..., None], axis=1
-        )
+        is_slot = (slot >= 0) & (slot < config.num_slots) & (batch.image_start >= 0)[:, None]
+        tokens = jnp.take_along_axis(features.lowres, jnp.clip(slot, 0, config.num_slots - 1)[..., None], axis=1)
         hidden = jnp.where(is_slot[..., None], tokens, hidden)
-        if features.highres is None:
-            return hidden, None, named
-        cos, sin = self.highres_rope(batch.image_start)
-        index, valid = cell_tokens(config.highres_grid, config.flexattention.cell_grid)
-        picture = Picture(
-            start=batch.image_start,
-            content=batch.content,
-            tokens=features.highres,
-            valid=jnp.asarray(valid),
-            cos=cos[:, index],
-            sin=sin[:, index],
-        )
-        return hidden, picture, named | {"highres_cos": cos, "highres_sin": sin}
-
-    def highres_rope(self, start: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Rotation of high-resolution tokens: the sequence's table at the image slots, resized to the finer grid.
-
-        Args:
-          start: (B,) first image slot of each sample.
-
-        Returns:
-          cos, sin: (B, M, d/2) float32 in raster order.
-        """
-        config = self.config
-        positions = jnp.maximum(start, 0)[:, None] + jnp.arange(config.num_lowres_tokens)
-        tables = rope_table(positions, config.decoder.head_dim, config.decoder.rope_theta)
-        grid, fine = config.lowres_grid, config.highres_grid
-        return tuple(
-            resize_rope(table.reshape(-1, grid, grid, table.shape[-1]), fine).reshape(-1, fine**2, table.shape[-1])
-            for table in tables
-        )
+        if config.crossattention is not None:
+            return hidden, Source(features.highres, batch.image_start >= 0), None, named
+        if features.highres is not None:
+            picture, rotation = make_picture(config, batch.image_start, batch.content, features.highres)
+            return hidden, picture, None, named | rotation
+        slots = Slots(batch.image_start) if len({segment.num_slots for segment in config.segments}) > 1 else None
+        return hidden, None, slots, named
 
     def __call__(
         self,
@@ -170,13 +171,18 @@ class VLM(nn.Module):
         Raises:
           BatchError: texts that share a beginning, for variant "paper".
         """
-        hidden, picture, named = self.assemble(batch, features)
+        hidden, picture, slots, named = self.assemble(batch, features)
         length = hidden.shape[1]
         last = batch.lengths[:, None] - 1
-        rows = self._rows(picture, last if readers is None else readers, length)
+        readers = last if readers is None else readers
         positions = jnp.arange(length)
         if batch.blocks is not None:
-            if picture is not None and self.config.flexattention.variant == "paper":
+            if slots is not None:
+                raise BatchError(
+                    "texts that share a beginning cannot be read where the last row of a prompt decides which tokens "
+                    f"are dropped (reduction.method {self.config.reduction.method}); give each a sample of its own"
+                )
+            if isinstance(picture, Picture) and self.config.flexattention.variant == "paper":
                 raise BatchError(
                     'texts that share a beginning cannot be read by flexattention.variant "paper", in which one row '
                     'selects for the whole sample; give each a sample of its own, or set it to "released"'
@@ -186,7 +192,8 @@ class VLM(nn.Module):
             positions=jnp.broadcast_to(positions, hidden.shape[:2]),
             blocks=batch.blocks,
             picture=picture,
-            rows=rows,
+            rows=self._rows(picture, readers, length),
+            slots=None if slots is None else slots.replace(row=jnp.minimum(readers[:, 0], last[:, 0])),
             alpha=alpha,
             key=key,
             given=given,
@@ -214,20 +221,23 @@ class VLM(nn.Module):
         """
         if batch.blocks is not None:
             raise BatchError("texts that share a beginning cannot be continued; give each prompt a sample of its own")
-        hidden, picture, named = self.assemble(batch, features)
+        hidden, picture, slots, named = self.assemble(batch, features)
         length = hidden.shape[1]
         last = batch.lengths[:, None] - 1
         step = Step(
             positions=jnp.broadcast_to(jnp.arange(length), hidden.shape[:2]),
             picture=picture,
             rows=self._rows(picture, last, length),
+            slots=None if slots is None else slots.replace(row=last[:, 0]),
             capture=capture,
         )
-        cache = new_cache(self.config, hidden.shape[0], cache_length, picture is not None)
+        cache = new_cache(self.config, hidden.shape[0], cache_length, picture is not None or slots is not None)
         hidden, cache, layers = self.decoder(hidden, step, cache)
         if not capture:
             hidden = jnp.take_along_axis(hidden, last[..., None], axis=1)[:, 0]
-        return self.decoder.logits(hidden), Memory(cache, batch.lengths, picture), named | layers
+        if self.config.crossattention is not None and picture is not None:
+            picture = picture.replace(tokens=None)  # the cache has their keys and values
+        return self.decoder.logits(hidden), Memory(cache, batch.lengths, picture, slots), named | layers
 
     def decode(self, memory: Memory, token_ids: jax.Array, capture: bool = False) -> tuple[jax.Array, Memory, dict]:
         """One more token for each sample; it reads high resolution and selects for itself.
@@ -244,11 +254,12 @@ class VLM(nn.Module):
             positions=memory.lengths[:, None],
             past=memory.lengths,
             picture=memory.picture,
-            rows=None if memory.picture is None else Rows(row, row),
+            rows=self._rows(memory.picture, row, 1),
+            slots=memory.slots,
             capture=capture,
         )
         hidden, cache, named = self.decoder(self.decoder.embed(token_ids[:, None]), step, memory.cache)
-        return self.decoder.logits(hidden[:, 0]), Memory(cache, memory.lengths + 1, memory.picture), named
+        return self.decoder.logits(hidden[:, 0]), memory.replace(cache=cache, lengths=memory.lengths + 1), named
 
     def continuations(self, memory: Memory, token_ids: jax.Array, lengths: jax.Array) -> tuple[jax.Array, dict, Memory]:
         """Logits inside O alternative continuations of each prompt, all read against the prompt's one cache.
@@ -273,7 +284,8 @@ class VLM(nn.Module):
             mask=(same & (place[:, None] >= place))[None],
             past=memory.lengths,
             picture=memory.picture,
-            rows=None if memory.picture is None else Rows(readers, readers),
+            rows=Rows(readers, readers) if isinstance(memory.picture, Picture) else None,
+            slots=memory.slots,
             append=False,
         )
         hidden = self.decoder.embed(token_ids.reshape(batch, -1))
@@ -281,9 +293,9 @@ class VLM(nn.Module):
         logits = self.decoder.logits(hidden).reshape(batch, options, width, -1)
         return logits, named, memory.replace(cache=cache)
 
-    def _rows(self, picture: Picture | None, readers: jax.Array, length: int) -> Rows | None:
-        """Readers and selectors of a call that starts a sequence, by variant."""
-        if picture is None:
+    def _rows(self, picture: Picture | Source | None, readers: jax.Array, length: int) -> Rows | None:
+        """FlexAttention's readers and selectors of a call that appends `length` rows to a sequence, by variant."""
+        if not isinstance(picture, Picture):
             return None
         if self.config.flexattention.variant == "released":
             return Rows(readers, readers)

@@ -126,6 +126,19 @@ def scaled_logits(query: jax.Array, key: jax.Array) -> jax.Array:
     return _for_few_rows(rows, one_product, grouped)(query, key) * width**-0.5
 
 
+def row_probabilities(query: jax.Array, key: jax.Array, lse: jax.Array) -> jax.Array:
+    """The probabilities that a few rows of fused attention gave to keys, summed over heads; no gradient.
+
+    Args:
+      query: (B, Q, H, d); key: (B, X, J*d); lse: (B, Q, H), as `attend` returned it for these rows.
+
+    Returns:
+      (B, Q, X) float32; meaningless at keys that the row did not read.
+    """
+    query, key, lse = jax.lax.stop_gradient((query, key, lse))
+    return jnp.exp(scaled_logits(query, key) - lse.swapaxes(1, 2)[..., None]).sum(axis=1)
+
+
 def weighted_values(weights: jax.Array, value: jax.Array, width: int) -> jax.Array:
     """weights (B, H, T, X), value (B, X, J*d) with d = width -> (B, T, H, d)."""
     batch, heads, rows, _ = weights.shape

@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from flexattn_jax.config import VLMConfig
+from flexattn_jax.config import Segment, VLMConfig
 from flexattn_jax.ops.selection import cell_tokens
 
 
@@ -24,8 +24,8 @@ class LayerCache:
     and 676 positions on 2 cores, projections included).
 
     key, value: (B, S, J*d) of the sequence; (S, J*d) for one sample of an unrolled layer.
-    key_hd, value_hd: (B, C, P, J*d) of high-resolution cells, filled when a cell is first selected; None where no
-      layer of the segment reads any.
+    key_hd, value_hd: (B, C, P, J*d) of high-resolution cells, filled when a cell is first selected; or, of
+      cross-attention, (B, M, its width), without B as `key`; None where no layer of the segment reads any.
     projected: (B, C) bool, cells that are filled.
     """
 
@@ -39,21 +39,26 @@ class LayerCache:
 SegmentCache = LayerCache | tuple[LayerCache, ...]
 
 
-def new_cache(config: VLMConfig, batch: int, length: int, highres: bool) -> dict[str, SegmentCache]:
-    """Empty caches for both segments.
+def new_cache(config: VLMConfig, batch: int, length: int, pictures: bool) -> dict[str, SegmentCache]:
+    """Empty caches for all segments.
 
     Args:
       batch: B.
-      length: S, sequence positions to make room for.
-      highres: make room for high-resolution keys and values too.
+      length: S, sequence positions to make room for where the decoder begins; later segments may need fewer.
+      pictures: some sample has a picture: make room for its high-resolution keys and values, and none for the tokens
+        that a segment does without.
     """
     decoder, dtype = config.decoder, jnp.dtype(config.dtype)
     width = decoder.num_kv_heads * decoder.head_dim
 
-    def layer(lead: tuple[int, ...], reads: bool) -> LayerCache:
+    def layer(segment: Segment, lead: tuple[int, ...]) -> LayerCache:
         samples = () if batch == 1 and not lead else (batch,)
-        cache = LayerCache(*(jnp.zeros((*lead, *samples, length, width), dtype) for _ in "kv"))
-        if not reads:
+        room = length - (config.num_slots - segment.num_slots if pictures else 0)
+        cache = LayerCache(*(jnp.zeros((*lead, *samples, room, width), dtype) for _ in "kv"))
+        if pictures and config.crossattention is not None:
+            shape = (*lead, *samples, config.highres_grid**2, config.crossattention.width)
+            return cache.replace(key_hd=jnp.zeros(shape, dtype), value_hd=jnp.zeros(shape, dtype))
+        if not (pictures and config.reads_highres and segment.name == "flex"):
             return cache
         cells = cell_tokens(config.highres_grid, config.flexattention.cell_grid)[0].shape
         return cache.replace(
@@ -62,13 +67,12 @@ def new_cache(config: VLMConfig, batch: int, length: int, highres: bool) -> dict
             projected=jnp.zeros((*lead, batch, cells[0]), bool),
         )
 
-    caches = {}
-    for name, count, reads in (("plain", config.num_plain_layers, False), ("flex", config.num_flex_layers, highres)):
-        if count and config.scan_layers:
-            caches[name] = layer((count,), reads)
-        elif count:
-            caches[name] = tuple(layer((), reads) for _ in range(count))
-    return caches
+    return {
+        segment.name: layer(segment, (segment.num_layers,))
+        if config.scan_layers
+        else tuple(layer(segment, ()) for _ in range(segment.num_layers))
+        for segment in config.segments
+    }
 
 
 def open_layer(cache: SegmentCache, index: jax.Array | int) -> tuple[LayerCache, tuple]:

@@ -127,8 +127,8 @@ class ConversationSource:
                 "model is made for; lower it"
             )
         self._pictures, self._tokenizer, self._config, self._max_length = pictures, tokenizer, config, max_length
-        tokenized = functools.partial(_measure, tokenizer, max_length, config.num_lowres_tokens)
-        digest = _digest(conversations, tokenizer, max_length, config.num_lowres_tokens)
+        tokenized = functools.partial(_measure, tokenizer, max_length, config.num_slots)
+        digest = _digest(conversations, tokenizer, max_length, config.num_slots)
         table = _read_index(index_file, digest, len(conversations))
         if table is None:
             table = np.array([tokenized(c) for c in progress(conversations)], np.int32).reshape(-1, 2)
@@ -136,7 +136,7 @@ class ConversationSource:
                 _write_index(index_file, digest, table)
         usable = table[:, 0] > 0
         self.skipped = [
-            Skipped(c.name, _reason(tokenizer, c, max_length, config.num_lowres_tokens))
+            Skipped(c.name, _reason(tokenizer, c, max_length, config.num_slots))
             for c, kept in zip(conversations, usable, strict=True)
             if not kept
         ]
@@ -154,7 +154,7 @@ class ConversationSource:
     def text(self, index: int) -> TrainSample:
         """See TextSource."""
         ids, learned = tokenize_conversation(self._tokenizer, self._conversations[index].turns)
-        ids, learned = truncate(ids, learned, self._max_length, self._config.num_lowres_tokens)
+        ids, learned = truncate(ids, learned, self._max_length, self._config.num_slots)
         return TrainSample(Sample(ids), learned)
 
     def __getitem__(self, index: int) -> TrainSample:
@@ -268,7 +268,7 @@ class BatchSource:
         self.per_epoch = -(-len(self._indices) // plan.batch_size)
         self._shuffled, self._count = count is not None, self.per_epoch if count is None else count
         self._epoch = functools.lru_cache(maxsize=2)(self._plan_epoch)
-        longest = int(self._positions.max(initial=1)) - config.num_lowres_tokens
+        longest = int(self._positions.max(initial=1)) - config.num_slots
         plan.buckets.text_length(max(1, longest))  # a BatchError now rather than in a week
         self._reader_bucket(int(self._readers.max(initial=0)))
 
@@ -279,7 +279,7 @@ class BatchSource:
         """(T, R) of a batch, the same on every process."""
         rows = self._rows(number)
         rows = rows[rows != EMPTY]
-        slots = self._config.num_lowres_tokens
+        slots = self._config.num_slots
         needed = max(1, int(self._positions[rows].max(initial=1)) - slots)
         return slots + self._plan.buckets.text_length(needed), self._reader_bucket(
             int(self._readers[rows].max(initial=0))
@@ -336,7 +336,7 @@ def collate(samples: Sequence[TrainSample | None], config: VLMConfig, length: in
 
     Raises BatchError for samples that do not fit.
     """
-    slots = config.num_lowres_tokens
+    slots = config.num_slots
     samples = [_NOTHING if sample is None else sample for sample in samples]
     pictured = any(s.sample.has_picture for s in samples)
     buckets = Buckets(text_lengths=(length - slots if pictured else length,))

@@ -80,6 +80,9 @@ def open_start(start: StartConfig, overrides: Mapping[str, Any], seed: int) -> S
     config = _configure(opened.config, start, overrides)
     stacked = dataclasses.replace(config, scan_layers=True)
     redrawn = _redrawn(start.redraw, config)
+    if config.crossattention is not None and opened.config.crossattention is None:  # nobody publishes any
+        stacked = dataclasses.replace(stacked, crossattention=None)
+        redrawn |= set(layouts.leaf_shapes(config)) - set(layouts.leaf_shapes(stacked))
 
     def read() -> dict[str, Any]:
         flat = flatten(opened.params(config=stacked, dtype="float32"))

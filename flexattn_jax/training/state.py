@@ -70,7 +70,7 @@ def create_state(params: dict, config: OptimizerConfig, optimizer: Optimizer, se
 
 
 def draw_params(config: VLMConfig, seed: int, only: Container[str] | None = None) -> dict[str, Any]:
-    """Random float32 numpy parameters, stacked over layers: N(0, 0.02), norms 1, biases 0.
+    """Random float32 numpy parameters, stacked over layers: N(0, 0.02), norms 1, biases 0, and 0 what begins so.
 
     A leaf depends on the seed and its own path, not on the other leaves nor on the device.
 
@@ -83,7 +83,7 @@ def draw_params(config: VLMConfig, seed: int, only: Container[str] | None = None
 
 def _draw(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     name = path.rsplit("/", 1)[-1]
-    if name in ("scale", "bias"):
+    if name in ("scale", "bias") or layouts.begins_at_zero(path):
         return np.full(shape, float(name == "scale"), np.float32)
     rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
     return np.float32(INIT_DEVIATION) * rng.standard_normal(shape, np.float32)

@@ -72,8 +72,8 @@ def keep_views(source: TextSource, config: VLMConfig, vision_params: dict, folde
     """
     folder = Path(folder)
     stem = f"{source.digest[:16]}-{_digest(config, vision_params)}"
-    shapes = {"lowres": (len(source), config.num_lowres_tokens, config.vision.width)}
-    if config.reads_highres:
+    shapes = {"lowres": (len(source), config.num_lowres_views, config.vision.width)}
+    if config.tiles:
         shapes["highres"] = (len(source), config.highres_grid**2, config.vision.width)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -152,6 +152,8 @@ def _room(file: Path, shape: tuple[int, ...]) -> np.memmap:
 
 def _digest(config: VLMConfig, vision_params: dict) -> str:
     settings = config.vision, config.lowres_size, config.image_size, config.image_mean, config.image_std, config.dtype
+    if config.dense or config.crossattention or config.reduction:  # the others cut their pictures in one way
+        settings = *settings, config.tiles, config.reduction
     digest = hashlib.sha256(repr(settings).encode())
     for path, leaf in sorted(flatten(vision_params).items()):
         digest.update(path.encode() + np.asarray(leaf, np.float32).tobytes())

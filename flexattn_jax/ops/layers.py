@@ -19,12 +19,12 @@ class Linear(nn.Module):
 
     features: int
     use_bias: bool = False
+    kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., in) -> (..., features), in the type of x."""
-        init = nn.initializers.normal(0.02)
-        kernel = self.param("kernel", init, (self.features, x.shape[-1]), x.dtype).astype(x.dtype)
+        kernel = self.param("kernel", self.kernel_init, (self.features, x.shape[-1]), x.dtype).astype(x.dtype)
         y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ())))
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros_init(), (self.features,), x.dtype).astype(x.dtype)
