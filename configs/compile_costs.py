@@ -7,6 +7,7 @@ python compile_costs.py --config=configs/compile_costs.py:resolution   time and 
 python compile_costs.py --config=configs/compile_costs.py:cells        time against the cells that a row reads
 python compile_costs.py --config=configs/compile_costs.py:train        the training step, with and without remat
 python compile_costs.py --config=configs/compile_costs.py:gpu          the default's programs on an H100's compiler
+python compile_costs.py --config=configs/compile_costs.py:systems      every way to read a picture that there is
 python compile_costs.py --config=configs/compile_costs.py:check        programs whose time is known, on every TPU
 python compile_costs.py --config=configs/compile_costs.py:tiny         a minute, to see that everything works
 
@@ -35,6 +36,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "passes": 1,
         "targets": "v5e:2x2",
     },
+    "systems": {
+        "systems": "lowres,flex:10%,flex:all,dense,cogagent,xattn,fastv:192,pyramiddrop:72,visionzip:64",
+        "layers": "scanned",
+        "passes": 1,
+        "targets": "v5e:2x2",
+    },
     "train": {
         "programs": "train",
         "layers": "scanned",
@@ -51,7 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "tiny": {
         "presets": "tiny",
-        "systems": "lowres,flex:2,flex:all",
+        "systems": "lowres,flex:2,dense,cogagent,fastv:4",
         "programs": "prefill,decode,score,train",
         "targets": "cpu",
         "text": 8,
@@ -69,7 +76,7 @@ def get_config(arg: str = "default") -> config_dict.ConfigDict:
         raise ValueError(f"configs/compile_costs.py has no {arg!r}; write one of :{', :'.join(VARIANTS)}")
     config = config_dict.ConfigDict()
     config.presets = "7b"  # 7b, 13b, mini, tiny
-    config.systems = "lowres,flex:10%,flex:25%,flex:all"  # flex: with the cells that a row keeps, a number or a share
+    config.systems = "lowres,flex:10%,flex:25%,flex:all,dense"  # see SYSTEMS in flexattn_jax/costs/cases.py
     config.programs = "prefill,decode"  # also score, train; matmul and attention have no model
     config.targets = (
         "cpu,v5e:2x2"  # cpu, attached, v4: v5e: v5p: v6e: tpu7x: with a topology, a100 or h100 with a number

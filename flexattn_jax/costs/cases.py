@@ -1,6 +1,6 @@
 """What can be measured: the axes of the table, and the product of those that a user chose.
 
-A system that high resolution is compared with is one entry of SYSTEMS.
+A way to read pictures is one entry of SYSTEMS.
 """
 
 from __future__ import annotations
@@ -61,8 +61,16 @@ class Case:
         return ", ".join(parts + ([self.options] if self.options else []))
 
 
-def _lowres(config: VLMConfig, cells: int) -> dict[str, Any]:
-    return {"flexattention": None, "image_size": config.lowres_size}
+@dataclasses.dataclass(frozen=True)
+class System:
+    """One way to read a picture.
+
+    overrides: of a preset, given it and the number that the system's name has after its colon.
+    counts: what that number counts: "cells" or "tokens"; "": the name has none.
+    """
+
+    overrides: Callable[[VLMConfig, int], dict[str, Any]]
+    counts: str = ""
 
 
 def _flex(config: VLMConfig, cells: int) -> dict[str, Any]:
@@ -75,38 +83,62 @@ def _flex(config: VLMConfig, cells: int) -> dict[str, Any]:
     }
 
 
-# Overrides of a preset that make it another system, given the number of cells that a row reads.
-SYSTEMS: dict[str, Callable[[VLMConfig, int], dict[str, Any]]] = {
-    "lowres": _lowres,  # LLaVA-1.5
-    "flex": _flex,
+def _without_highres(config: VLMConfig, **more: Any) -> dict[str, Any]:
+    return {"flexattention": None, "image_size": config.lowres_size} | more
+
+
+def _tiled(config: VLMConfig, name: str, **more: Any) -> dict[str, Any]:
+    """Another reader of the picture that FlexAttention would read, cut into as many tiles."""
+    changes = {f"{name}.{key}": value for key, value in more.items()}
+    return {"flexattention": None, f"{name}.tiles": config.flexattention.zoom_ratio} | changes
+
+
+def _reduced(method: str) -> System:
+    return System(lambda c, n: _without_highres(c, **{"reduction.method": method, "reduction.tokens": n}), "tokens")
+
+
+SYSTEMS: dict[str, System] = {
+    "lowres": System(lambda c, _: _without_highres(c)),  # LLaVA-1.5
+    "flex": System(_flex, "cells"),
+    "dense": System(lambda c, _: _tiled(c, "dense") | {"decoder.max_positions": 16384}),  # LLaVA-1.5-HD
+    "cogagent": System(lambda c, _: _tiled(c, "crossattention")),
+    "xattn": System(
+        lambda c, _: _tiled(
+            c, "crossattention", width=c.decoder.width, num_heads=c.decoder.num_heads, source="connector"
+        )
+    ),
+    **{method: _reduced(method) for method in ("fastv", "pyramiddrop", "visionzip", "tome", "random", "downsample")},
 }
-_READS_CELLS = ("flex",)
 
 
 def system_overrides(config: VLMConfig, system: str) -> dict[str, Any]:
-    """What to override in a preset for a system such as "lowres", "flex:10%", "flex:8" or "flex:all".
+    """What to override in a preset for a system such as "lowres", "flex:10%", "flex:all" or "fastv:192".
 
     Raises:
       ConfigError: no such system, or not so many cells.
     """
-    name, _, cells = system.partition(":")
-    if name not in SYSTEMS or (name in _READS_CELLS) != bool(cells):
+    name, _, number = system.partition(":")
+    found = SYSTEMS.get(name)
+    if found is None or bool(found.counts) != bool(number):
+        bare = ", ".join(name for name, one in SYSTEMS.items() if not one.counts)
+        counted = ", ".join(name for name, one in SYSTEMS.items() if one.counts == "tokens")
         raise ConfigError(
-            f"systems has {system!r}; write {', '.join(n for n in SYSTEMS if n not in _READS_CELLS)}, or flex with the "
-            "cells that a row keeps: flex:8, flex:10%, flex:all"
+            f"systems has {system!r}; write {bare}; flex with the cells that a row keeps: flex:8, flex:10%, flex:all; "
+            f"or one of {counted} with the tokens that are left: fastv:192"
         )
-    return SYSTEMS[name](config, _cells(cells, config.flexattention.num_cells, system) if cells else 0)
+    most = config.flexattention.num_cells if found.counts == "cells" else config.num_lowres_tokens
+    return found.overrides(config, _number(number, most, system, found.counts) if number else 0)
 
 
-def _cells(text: str, most: int, system: str) -> int:
-    """A number of cells given as "8", "10%" or "all"."""
+def _number(text: str, most: int, system: str, what: str) -> int:
+    """A number of cells or tokens given as "8", "10%" or "all"."""
     if text == "all":
         return most
     if match := re.fullmatch(r"(\d+)(%?)", text):
         count = max(1, round(int(match[1]) * most / 100)) if match[2] else int(match[1])
         if 1 <= count <= most:
             return count
-    raise ConfigError(f"systems has {system!r}; cells are a number from 1 to {most}, a share such as 10%, or all")
+    raise ConfigError(f"systems has {system!r}; {what} are a number from 1 to {most}, a share such as 10%, or all")
 
 
 def model_config(case: Case) -> VLMConfig:
@@ -221,9 +253,10 @@ def _normal(case: Case, settings: Settings) -> Case:
         case = dataclasses.replace(case, text=settings.train_text)
     else:
         case = dataclasses.replace(case, text=settings.text, remat="none")
-    if case.system.partition(":")[0] not in _READS_CELLS or case.system.endswith(":all"):
+    name, _, number = case.system.partition(":")
+    if name != "flex" or number == "all":
         case = dataclasses.replace(case, ranking="cells")
-    if case.system == "lowres":
+    if name == "lowres" or (name in SYSTEMS and SYSTEMS[name].counts == "tokens"):
         case = dataclasses.replace(case, zoom=None)
     return case
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flexattn_jax.checkpoints.trees import STACKS
+from flexattn_jax.ops.layers import Linear
 
 # Products whose outputs are split, and products whose inputs are; kernels are stored (out, in).
 _SPLIT_OUTPUTS = r"(q|k|v|gate|up)_proj|[kv]_proj_hd|fc1|lm_head"
@@ -54,9 +58,9 @@ def place_cache(tree: Any, mesh: Mesh) -> Any:
     )
 
 
-def place_batch(tree: Any, mesh: Mesh) -> Any:
-    """Shapes with shardings: the samples over "data" where they divide, else replicated."""
-    return jax.tree.map(lambda leaf: _placed(leaf, mesh, 0 if leaf.shape else None, "data"), tree)
+def place_batch(tree: Any, mesh: Mesh, samples: int) -> Any:
+    """Shapes with shardings: what has a row for each sample over "data" where they divide, else replicated."""
+    return jax.tree.map(lambda leaf: _placed(leaf, mesh, 0 if leaf.shape[:1] == (samples,) else None, "data"), tree)
 
 
 def replicate(leaf: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
@@ -71,12 +75,33 @@ def place_state(tree: Any, mesh: Mesh) -> Any:
     """
 
     def place(path, leaf):
-        stacked = any(getattr(entry, "key", None) in STACKS for entry in path)
+        stacked = any(re.fullmatch(STACKS, str(getattr(entry, "key", ""))) for entry in path)
         axes = range(int(stacked), len(leaf.shape))
         axis = max(axes, key=lambda i: leaf.shape[i], default=None) if len(axes) > 1 else None
         return _placed(leaf, mesh, axis, "data")
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+@contextlib.contextmanager
+def split_batch(mesh: Mesh) -> Iterator[None]:
+    """While it is open, models that are traced keep their samples over "data" in and after every linear layer.
+
+    Left alone, the compiler follows the parameters' split instead and moves activations from device to device.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+
+    def split(x: jax.Array) -> jax.Array:
+        divides = x.shape[0] % mesh.shape["data"] == 0
+        return jax.lax.with_sharding_constraint(x, sharding) if divides else x
+
+    def intercept(call, args, kwargs, context):
+        if not isinstance(context.module, Linear):
+            return call(*args, **kwargs)
+        return split(call(split(args[0]), *args[1:], **kwargs))
+
+    with nn.intercept_methods(intercept):
+        yield
 
 
 def _placed(leaf: Any, mesh: Mesh, axis: int | None, name: str) -> jax.ShapeDtypeStruct:

@@ -15,13 +15,12 @@ from flexattn_jax.config import VLMConfig
 from flexattn_jax.costs import placement
 from flexattn_jax.costs.cases import Case, model_config
 from flexattn_jax.costs.rankings import ranked_by
-from flexattn_jax.highres.cells import CELLS_AT_ONCE, Picture
+from flexattn_jax.highres.cells import CELLS_AT_ONCE
 from flexattn_jax.inference.scoring import score
 from flexattn_jax.inputs.batching import Batch, OptionBatch
-from flexattn_jax.models.flops import decoder_flops, step_flops, tower_flops
+from flexattn_jax.models.flops import connector_flops, decoder_flops, step_flops, tower_flops
 from flexattn_jax.models.vlm import VLM, Memory
 from flexattn_jax.ops.attention import attend
-from flexattn_jax.ops.cache import new_cache
 from flexattn_jax.ops.selection import cell_tokens
 from flexattn_jax.training.data import TrainBatch
 from flexattn_jax.training.optimizer import OptimizerConfig, build_optimizer
@@ -68,23 +67,20 @@ def build(case: Case, devices: list[Any]) -> Program:
 
 
 def _prefill(case: Case, config: VLMConfig, devices: list[Any]) -> Program:
-    model, mesh = VLM(config), placement.infer_mesh(devices, config.decoder.num_kv_heads)
-    length = config.num_lowres_tokens + case.text
-
-    def prefill(params, batch):
-        return model.apply({"params": params}, batch, length + ROOM, method=VLM.prefill)[:2]
-
-    cells = _cells_of_a_row(config)
+    mesh = placement.infer_mesh(devices, config.decoder.num_kv_heads)
+    prefill, batch, length = _prefill_function(case, config)
+    cells, reading = _cells_of_a_row(config), _reading_layers(config)
     flops = case.batch * (
-        _encoding_flops(config)
-        + decoder_flops(config, length, cells * _reading_layers(config), cells * _reading_layers(config))
+        tower_flops(config)
+        + connector_flops(config)
+        + decoder_flops(config, length, cells * reading, cells * reading)
         + _head_flops(config)
     )
     return _with_cells(
         config,
         Program(
-            jax.jit(prefill, out_shardings=(None, _shardings(_memory(config, case.batch, length + ROOM, mesh)))),
-            (_weights(config, mesh), placement.place_batch(_batch(config, case.batch, length), mesh)),
+            jax.jit(prefill, out_shardings=(None, _shardings(_memory(case, config, mesh)))),
+            (_weights(config, mesh), placement.place_batch(batch, mesh, case.batch)),
             flops,
         ),
         projecting=cells,
@@ -94,18 +90,19 @@ def _prefill(case: Case, config: VLMConfig, devices: list[Any]) -> Program:
 
 def _decode(case: Case, config: VLMConfig, devices: list[Any]) -> Program:
     model, mesh = VLM(config), placement.infer_mesh(devices, config.decoder.num_kv_heads)
-    positions = config.num_lowres_tokens + case.text + ROOM
-    memory = _memory(config, case.batch, positions, mesh)
+    memory = _memory(case, config, mesh)
 
     def decode(params, memory, tokens):
         return model.apply({"params": params}, memory, tokens, method=VLM.decode)[:2]
 
     decoder, cells = config.decoder, _cells_of_a_row(config)
-    keys = 4 * (positions - 1) * decoder.num_heads * decoder.head_dim  # beside the one that decoder_flops counts
-    flops = case.batch * (
-        decoder_flops(config, 1, 0, cells * _reading_layers(config)) + decoder.num_layers * keys + _head_flops(config)
-    )
-    tokens = placement.place_batch(jax.ShapeDtypeStruct((case.batch,), np.int32), mesh)
+    flops = None
+    if config.crossattention is None and len({segment.num_slots for segment in config.segments}) == 1:
+        positions = config.num_slots + case.text + ROOM
+        keys = 4 * (positions - 1) * decoder.num_heads * decoder.head_dim  # beside the one that decoder_flops counts
+        layers = decoder_flops(config, 1, 0, cells * _reading_layers(config)) + decoder.num_layers * keys
+        flops = case.batch * (layers + _head_flops(config))
+    tokens = placement.place_batch(jax.ShapeDtypeStruct((case.batch,), np.int32), mesh, case.batch)
     return _with_cells(
         config,
         Program(
@@ -120,7 +117,7 @@ def _decode(case: Case, config: VLMConfig, devices: list[Any]) -> Program:
 
 def _score(case: Case, config: VLMConfig, devices: list[Any]) -> Program:
     model, mesh = VLM(config), placement.infer_mesh(devices, config.decoder.num_kv_heads)
-    length = config.num_lowres_tokens + case.text
+    length = config.num_slots + case.text
     options = OptionBatch(
         jax.ShapeDtypeStruct((case.batch, OPTIONS, OPTION_LENGTH), np.int32),
         jax.ShapeDtypeStruct((case.batch, OPTIONS), np.int32),
@@ -134,7 +131,10 @@ def _score(case: Case, config: VLMConfig, devices: list[Any]) -> Program:
     cells = min(cells * OPTIONS * OPTION_LENGTH, config.flexattention.num_cells) if cells else 0
     program = Program(
         jax.jit(score_options),
-        (_weights(config, mesh), *placement.place_batch((_batch(config, case.batch, length), options), mesh)),
+        (
+            _weights(config, mesh),
+            *placement.place_batch((_batch(config, case.batch, length), options), mesh, case.batch),
+        ),
         None,
     )
     return _with_cells(config, program, projecting=cells, reading=cells, at_most=True)
@@ -142,7 +142,7 @@ def _score(case: Case, config: VLMConfig, devices: list[Any]) -> Program:
 
 def _train(case: Case, config: VLMConfig, devices: list[Any]) -> Program:
     mesh, settings = placement.train_mesh(devices), OptimizerConfig()
-    length, samples = config.num_lowres_tokens + case.text, case.batch * len(devices)
+    length, samples = config.num_slots + case.text, case.batch * len(devices)
     optimizer = build_optimizer(settings, total_steps=1000)
     state = jax.eval_shape(lambda params: create_state(params, settings, optimizer, 0), param_shapes(config))
     readers = min(READERS, length)
@@ -152,10 +152,16 @@ def _train(case: Case, config: VLMConfig, devices: list[Any]) -> Program:
         jax.ShapeDtypeStruct((samples, readers), np.int32),
     )
     warmup = config.flexattention.warmup if config.flexattention else 0.0
-    step = make_train_step(vlm_loss(VLM(config)), optimizer, alpha_ramp(warmup, 1000))
+    loss_of_model = vlm_loss(VLM(config))
+
+    def loss(params, batch, alpha, key):
+        with placement.split_batch(mesh):
+            return loss_of_model(params, batch, alpha, key)
+
+    step = make_train_step(loss, optimizer, alpha_ramp(warmup, 1000))
     return Program(
         step,
-        (placement.place_state(state, mesh), placement.place_batch(batch, mesh)),
+        (placement.place_state(state, mesh), placement.place_batch(batch, mesh, samples)),
         step_flops(config, samples, length, readers),
         tokens_a_cell=_tokens_a_cell(config),
     )
@@ -213,26 +219,22 @@ def _weights(config: VLMConfig, mesh: jax.sharding.Mesh) -> Any:
     return placement.place_weights(shapes, mesh)
 
 
-def _memory(config: VLMConfig, samples: int, positions: int, mesh: jax.sharding.Mesh) -> Memory:
+def _prefill_function(case: Case, config: VLMConfig) -> tuple[Callable, Batch, int]:
+    """The function that reads prompts, an abstract batch of them, and its T."""
+    model, length = VLM(config), config.num_slots + case.text
+
+    def prefill(params, batch):
+        return model.apply({"params": params}, batch, length + ROOM, method=VLM.prefill)[:2]
+
+    return prefill, _batch(config, case.batch, length), length
+
+
+def _memory(case: Case, config: VLMConfig, mesh: jax.sharding.Mesh) -> Memory:
     """What a prefill leaves, as abstract arrays."""
-    cache = jax.eval_shape(lambda: new_cache(config, samples, positions, config.reads_highres))
-    picture = None
-    if config.reads_highres:
-        index, _ = cell_tokens(config.highres_grid, config.flexattention.cell_grid)
-        array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
-        table = array(np.float32, samples, *index.shape, config.decoder.head_dim // 2)
-        picture = Picture(
-            start=array(np.int32, samples),
-            content=array(bool, samples, config.num_lowres_tokens),
-            tokens=array(jnp.dtype(config.dtype), samples, *index.shape, config.decoder.width),
-            valid=array(bool, *index.shape),
-            cos=table,
-            sin=table,
-        )
-        valid = placement.replicate(picture.valid, mesh)
-        picture = placement.place_batch(picture, mesh).replace(valid=valid)
-    lengths = placement.place_batch(jax.ShapeDtypeStruct((samples,), np.int32), mesh)
-    return Memory(placement.place_cache(cache, mesh), lengths, picture)
+    prefill, batch, _ = _prefill_function(case, config)
+    _, memory = jax.eval_shape(prefill, _weights(config, mesh), batch)
+    placed = placement.place_batch(memory.replace(cache=None), mesh, case.batch)
+    return placed.replace(cache=placement.place_cache(memory.cache, mesh))
 
 
 def _shardings(tree: Any) -> Any:
@@ -275,13 +277,6 @@ def _with_cells(config: VLMConfig, program: Program, projecting: int, reading: i
         assumption=f"a layer projects {projecting} and reads {reading} cells" + (" at most" if at_most else ""),
         tokens_a_cell=_tokens_a_cell(config),
     )
-
-
-def _encoding_flops(config: VLMConfig) -> float:
-    """Tower and connector for one picture."""
-    views = 1 + (config.flexattention.zoom_ratio**2 if config.reads_highres else 0)
-    width = config.decoder.width
-    return tower_flops(config) + views * 2 * config.num_lowres_tokens * (config.vision.width * width + width * width)
 
 
 def _head_flops(config: VLMConfig) -> float:

@@ -21,7 +21,7 @@ def test_the_default_is_the_scanned_7b_table_on_two_targets_with_some_unrolled_r
     assert {case.target for case in cases} == {"cpu", "v5e:2x2"}
     assert {case.program for case in scanned} == {"prefill", "decode"}
     assert {case.system for case in unrolled} < {case.system for case in scanned}
-    assert {case.system for case in scanned} >= {"lowres", "flex:10%", "flex:25%", "flex:all"}
+    assert {case.system for case in scanned} == {"lowres", "flex:10%", "flex:25%", "flex:all", "dense"}
     assert all(settings().limit(case) == 60 for case in unrolled)
 
 
@@ -54,6 +54,12 @@ def test_systems_are_overrides_of_a_preset():
     assert model_config(Case("flex:25%", "prefill", "cpu")).flexattention.capacity == 20
     assert model_config(Case("flex:5", "prefill", "cpu")).flexattention.capacity == 5
     assert model_config(Case("flex:all", "prefill", "cpu")).flexattention.selector == "all"
+    dense = model_config(Case("dense", "prefill", "cpu", zoom=2))
+    assert dense.flexattention is None and (dense.dense.tiles, dense.image_size) == (2, 672)
+    wide = model_config(Case("xattn", "prefill", "cpu")).crossattention
+    assert (wide.width, wide.source, wide.tiles) == (4096, "connector", 3)
+    fewer = model_config(Case("visionzip:64", "prefill", "cpu"))
+    assert (fewer.reduction.method, fewer.num_slots, fewer.image_size) == ("visionzip", 64, 336)
     mask = model_config(Case("flex:8", "prefill", "cpu", ranking="mask")).flexattention
     assert (mask.selection, mask.capacity) == ("threshold", None)
 
@@ -75,7 +81,9 @@ def test_zoom_changes_the_picture_and_not_the_sequence():
         ({"systems": "flex"}, "systems has 'flex'"),
         ({"systems": "lowres:8"}, "systems has 'lowres:8'"),
         ({"systems": "flex:82"}, "a number from 1 to 81"),
-        ({"systems": "flex:ten"}, "a number from 1 to 81"),
+        ({"systems": "flex:ten"}, "cells are a number from 1 to 81"),
+        ({"systems": "fastv"}, "fastv:192"),
+        ({"systems": "fastv:577"}, "tokens are a number from 1 to 576"),
         ({"systems": " "}, "systems is empty"),
         ({"programs": "prefil"}, "programs has 'prefil'; known: prefill"),
         ({"targets": "v5litepod-16"}, "targets has 'v5litepod-16'; write cpu"),

@@ -97,3 +97,21 @@ def test_with_high_resolution_too_though_a_scanned_first_layer_holds_loops_that_
 def test_without_high_resolution_flops_are_exactly_those_counted_from_shapes(program):
     found, analytic = counted(small("lowres", program))
     assert found.flops == analytic
+
+
+def test_training_keeps_its_samples_split_over_the_devices():
+    assert counted(small("lowres", "train"))[0].constraints > 20
+    assert counted(small("lowres", "prefill"))[0].constraints == 0  # the split of heads is the parameters'
+
+
+@pytest.mark.parametrize("system", ["dense", "cogagent", "xattn", "fastv:4", "pyramiddrop:2", "visionzip:4", "tome:4"])
+def test_every_way_to_read_a_picture_has_its_programs(system):
+    assert counted(small(system, "decode"))[0].operations > counted(small("lowres", "decode"))[0].operations / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["prefill", "train"])
+@pytest.mark.parametrize("system", ["dense", "cogagent", "xattn", "fastv:192", "visionzip:64"])
+def test_their_flops_at_full_size_are_those_counted_from_shapes(system, program):
+    found, analytic = counted(Case(system, program, "cpu", text=1472 if program == "train" else 64))
+    assert found.flops == pytest.approx(analytic, rel=0.03)
