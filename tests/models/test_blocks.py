@@ -80,6 +80,7 @@ def agree(config, made, whole, singles, spans):
     assert len(kept) > 2  # rows select for themselves
 
 
+@pytest.mark.slow
 def test_packed_texts_are_read_as_alone():
     config = mini_config(SELECTIONS["threshold"])
     params = unstack_layers(random_params(config))

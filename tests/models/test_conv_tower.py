@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import restatement
 from conftest import random_params
-from mini_search import mini_config
+from mini_search import compute, mini_config
 
 from flexattn_jax.api import VisionLanguageModel
 from flexattn_jax.checkpoints.errors import CheckpointError
@@ -41,13 +41,27 @@ def test_the_tower_is_the_restated_one(name):
     params = random_params(config)["vision"]
     pixels = np.random.default_rng(0).standard_normal((2, 3, 48, 48)).astype(np.float32)
     read = params if config.scan_layers else unstack_layers({"vision": params})["vision"]
-    found = jax.jit(build_tower(config.vision, np.float32, config.scan_layers).apply)({"params": read}, pixels)
+    found = compute(build_tower(config.vision, np.float32, config.scan_layers).apply, {"params": read}, pixels)
     assert found.shape == (2, 36, config.vision.width)
     for features, picture in zip(found, pixels, strict=True):
         expected = restatement.conv_tower(params, config.vision, picture.astype(np.float64))
         np.testing.assert_allclose(features, expected, atol=1e-4)
 
 
+def test_both_resolutions_are_the_restated_ones(mini):
+    """The large picture is read whole, not in tiles."""
+    config, params = mini
+    pixels = np.random.default_rng(1).standard_normal((2, 3, 96, 96)).astype(np.float32)
+    _, named = compute(
+        lambda *args: VLM(config).apply({"params": args[0]}, args[1], method="encode"), unstack_layers(params), pixels
+    )
+    for b in range(2):
+        lowres, highres = restatement.encode(params, config, pixels[b].astype(np.float64))
+        np.testing.assert_allclose(named["lowres"][b], lowres, atol=1e-4)
+        np.testing.assert_allclose(named["highres"][b], highres, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_the_whole_model_is_the_restated_one(mini):
     config, params = mini
     rng = np.random.default_rng(1)

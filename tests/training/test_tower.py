@@ -180,6 +180,7 @@ def test_a_tower_learns_eight_pictures(rows):
     jax.tree.map(np.testing.assert_array_equal, after["decoder"], before["decoder"])
 
 
+@pytest.mark.slow
 def test_the_scalars_are_shares_of_objects(rows):
     """A probe that always says the same is right for that share of them."""
     config = mini_config()
