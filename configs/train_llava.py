@@ -3,19 +3,26 @@
 python train.py --config=configs/train_llava.py            instruction tuning: decoder, connector, projections
 python train.py --config=configs/train_llava.py:align      alignment: the connector alone, low resolution only
 
-Give with either --config.start.checkpoint=DIR --config.data.conversations=FILE --config.data.pictures=DIR
+VisToG (docs/systems.md) in two stages, the second from the model of the first:
+
+python train.py --config=configs/train_llava.py:vistog_align    semantic tokens, grouping layer, connector
+python train.py --config=configs/train_llava.py:vistog          those and the decoder
+
+Give with each --config.start.checkpoint=DIR --config.data.conversations=FILE --config.data.pictures=DIR
 """
 
 from ml_collections import config_dict
 
 from flexattn_jax.overrides import TRAINING, system_overrides
 
+STAGES = ("instruct", "align", "vistog_align", "vistog")
+
 
 def get_config(arg: str = "instruct") -> config_dict.ConfigDict:
     """The settings of `train.py`; `arg` is what follows the colon in --config."""
-    if arg not in ("instruct", "align"):
-        raise ValueError(f"configs/train_llava.py has no {arg!r}; write configs/train_llava.py:instruct or :align")
-    align = arg == "align"
+    if arg not in STAGES:
+        raise ValueError(f"configs/train_llava.py has no {arg!r}; write :{', :'.join(STAGES[:-1])} or :{STAGES[-1]}")
+    align, grouping = arg.endswith("align"), arg.startswith("vistog")
     config = config_dict.ConfigDict()
     config.task = "llava"
     config.start = config_dict.ConfigDict(
@@ -28,7 +35,7 @@ def get_config(arg: str = "instruct") -> config_dict.ConfigDict:
             "tokenizer": "",  # folder of the tokeniser; empty: the checkpoint's
             "redraw": "connector" if align else "",  # parameters that begin anew: beginnings of their paths, by comma
             "copy_projections": False,  # the released recipe draws high-resolution keys' and values' weights
-            "read_highres": not align,
+            "read_highres": not (align or grouping),
             "dtype": config_dict.placeholder(str),  # of the computation; None: float32 on CPU, else bfloat16
         }
     )
@@ -46,7 +53,7 @@ def get_config(arg: str = "instruct") -> config_dict.ConfigDict:
     )
     config.optimizer = config_dict.ConfigDict(
         {
-            "trainable": "connector" if align else "connector,decoder",
+            "trainable": ("grouping," if grouping else "") + ("connector" if align else "connector,decoder"),
             "learning_rate": 1e-3 if align else 2e-5,
             "schedule": "cosine",  # or "constant"
             "warmup_share": 0.03,
@@ -72,6 +79,8 @@ def get_config(arg: str = "instruct") -> config_dict.ConfigDict:
             **system_overrides(TRAINING),
         }
     )
+    if grouping:
+        config.model.grouping.groups = 64  # or 144, 256
     config.loop = config_dict.ConfigDict(
         {
             "log_every": 10,

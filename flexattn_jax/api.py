@@ -207,7 +207,8 @@ class VisionLanguageModel:
           image_sizes: (width, height) before padding, for pixels; None: the picture fills the square.
           capture: names of intermediates to return: "cells" (layers, B, 1, C) bool made by layers first_layer ..;
             "map" (layers, B, 1, N), "overflow", "strength"; "hidden" and "attention" (L, B, T, D); "lowres" (B, N, D),
-            "highres" (B, M, D), "lowres_features", "lowres_pixels", "highres_cos", "highres_sin".
+            "highres" (B, M, D), "lowres_features", "lowres_pixels", "highres_cos", "highres_sin"; with grouping
+            "groups" (B, N) int32, the group of each patch.
 
         Returns:
           (B, T, V) float32, T the longest expanded prompt (positions beyond a sample's own length are meaningless);

@@ -21,6 +21,7 @@ from flexattn_jax.config_parts import (
     DecoderConfig,
     DenseConfig,
     FlexAttentionConfig,
+    GroupingConfig,
     ReductionConfig,
     VisionConfig,
     one_of,
@@ -35,6 +36,7 @@ __all__ = [
     "DecoderConfig",
     "DenseConfig",
     "FlexAttentionConfig",
+    "GroupingConfig",
     "ReductionConfig",
     "Segment",
     "VLMConfig",
@@ -69,7 +71,7 @@ class Segment:
 class VLMConfig:
     """A whole vision-language model: tower, connector (two linear layers, exact GELU), decoder, high resolution.
 
-    Without any of flexattention, crossattention, dense and reduction it is LLaVA-1.5; see docs/systems.md.
+    Without any of flexattention, crossattention, dense, grouping and reduction it is LLaVA-1.5; see docs/systems.md.
     """
 
     vision: VisionConfig | ConvVisionConfig = dataclasses.field(default_factory=VisionConfig)
@@ -77,6 +79,7 @@ class VLMConfig:
     flexattention: FlexAttentionConfig | None = None  # None: no projections to read high resolution with
     crossattention: CrossAttentionConfig | None = None
     dense: DenseConfig | None = None
+    grouping: GroupingConfig | None = None
     reduction: ReductionConfig | None = None
     lowres_size: int = 336  # S of the picture whose tokens sit in the sequence
     image_size: int = 336  # S of the picture that is handed in; lowres_size * zoom_ratio with FlexAttention
@@ -121,8 +124,15 @@ class VLMConfig:
         return self.reduction.tokens if before else self.num_lowres_tokens
 
     @property
+    def trains_in_tower(self) -> bool:
+        """Whether grouping's semantic tokens, which are trained, run through the tower: one with attention."""
+        return self.grouping is not None and isinstance(self.vision, VisionConfig)
+
+    @property
     def num_slots(self) -> int:
         """Sequence positions that a picture takes where the decoder begins."""
+        if self.grouping is not None:
+            return self.grouping.groups
         return self.num_lowres_views + (self.highres_grid**2 if self.dense else 0)
 
     @property
@@ -147,8 +157,8 @@ class VLMConfig:
     @property
     def num_flex_layers(self) -> int:
         """Layers that have FlexAttention's projections: first_layer (selects, reads nothing) and all later ones."""
-        flex = self.flexattention
-        if flex is None or (not flex.enabled and (self.crossattention or self.dense or self.reduction)):
+        flex, others = self.flexattention, (self.crossattention, self.dense, self.grouping, self.reduction)
+        if flex is None or (not flex.enabled and any(others)):
             return 0
         return max(0, self.decoder.num_layers - flex.first_layer)
 
@@ -175,11 +185,11 @@ class VLMConfig:
 def _check_systems(config: VLMConfig) -> None:
     """Raises ConfigError unless the ways to use high resolution and to reduce tokens go together and with the sizes."""
     flex = config.flexattention if config.flexattention and config.flexattention.enabled else None
-    present = [name for name in ("crossattention", "dense") if getattr(config, name)]
+    present = [name for name in ("crossattention", "dense", "grouping") if getattr(config, name)]
     present += ["flexattention"] if flex else []
     require(
         len(present) <= 1,
-        f"{' and '.join(present)} are both on; one of them reads high resolution: set the other to None, or "
+        f"{' and '.join(present)} are both on; a model reads pictures in one of these ways: set the other to None, or "
         "flexattention.enabled to False",
     )
     if flex:
@@ -193,7 +203,7 @@ def _check_systems(config: VLMConfig) -> None:
             flex.cell_grid <= config.highres_grid,
             f"flexattention.cell_grid {flex.cell_grid} is finer than the high-resolution grid {config.highres_grid}",
         )
-    elif present:
+    elif config.tiles:
         name, patch = present[0], config.vision.patch_size
         require(
             config.image_size % (config.tiles * patch) == 0,
@@ -251,7 +261,7 @@ def from_dict(values: dict[str, Any], kind: type = VLMConfig, path: str = "") ->
 def override(config: VLMConfig, overrides: dict[str, Any] | None) -> VLMConfig:
     """`config` with dotted keys replaced, e.g. {"flexattention.threshold": 72, "dtype": "bfloat16"}.
 
-    A setting of crossattention, dense or reduction turns that on, with defaults for its other settings.
+    A setting of crossattention, dense, grouping or reduction turns that on, with defaults for its other settings.
 
     Raises ConfigError for a key that does not exist, a value of the wrong type or an impossible combination.
     """
@@ -322,7 +332,12 @@ def preset(name: str) -> VLMConfig:
 
 
 # FlexAttention is missing here: it cannot be turned on without projections, which the importer draws where asked to.
-_OPENED = {"crossattention": CrossAttentionConfig, "dense": DenseConfig, "reduction": ReductionConfig}
+_OPENED = {
+    "crossattention": CrossAttentionConfig,
+    "dense": DenseConfig,
+    "grouping": GroupingConfig,
+    "reduction": ReductionConfig,
+}
 
 _PRESETS = {
     "tiny": VLMConfig(

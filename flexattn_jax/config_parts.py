@@ -260,3 +260,15 @@ class ReductionConfig:
         """Tokens that are left after each cut of `slots` tokens: equal ratios down to `tokens` (PyramidDrop)."""
         count = len(self.cuts(num_layers))
         return tuple(round(slots * (self.tokens / slots) ** (i / count)) for i in range(1, count + 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupingConfig:
+    """Learned tokens that gather the patches they resemble (VisToG, arXiv 2411.17773)."""
+
+    groups: int = 64  # tokens of a picture in the sequence; 144 and 256 are the paper's other numbers
+    temperature: float = 1.0  # of the softmax in training
+
+    def __post_init__(self):
+        require(self.groups >= 1, f"grouping.groups {self.groups} must be at least 1")
+        require(self.temperature > 0, f"grouping.temperature {self.temperature} must be above 0")

@@ -99,6 +99,8 @@ def encode(params, config, pixels):
     small = np.einsum("yi,xj,cij->cyx", down, down, pixels)
     if config.reduction is not None and config.reduction.method in REDUCTIONS:
         return plain.connect(params, REDUCTIONS[config.reduction.method](params, config, small)), None
+    if config.grouping is not None:
+        return plain.connect(params, grouped(params, config, small)[0]), None
     lowres = see(params, config, small)
     if config.dense is not None:
         both = np.concatenate([lowres, see_tiles(params, config, pixels, config.dense.tiles)])
@@ -128,6 +130,21 @@ def see_tiles(params, config, pixels, tiles):
         parts = [pixels[:, i * side : (i + 1) * side, j * side : (j + 1) * side] for j in range(tiles)]
         rows.append(np.concatenate([see(params, config, part).reshape(grid, grid, -1) for part in parts], axis=1))
     return np.concatenate(rows).reshape((tiles * grid) ** 2, -1)
+
+
+def grouped(params, config, pixels):
+    """VIS tokens (groups, Dv), and the group of each patch."""
+    p, patches = params["grouping"], see(params, config, pixels)
+    g = p["semantic_tokens"].astype(np.float64)
+    if not hasattr(config.vision, "stem_widths"):  # in a convolutional tower there is nothing for them to read
+        g = plain.tower_tokens(params, config, pixels, g)[0][-len(g) :]
+    q, k, v = (x @ p[f"{n}_proj"]["kernel"].T for n, x in (("q", g), ("k", patches), ("v", patches)))
+    group = (q @ k.T).argmax(axis=0)
+    out = []
+    for i, own in enumerate(g):
+        members = v[group == i]
+        out.append(own + members.sum(axis=0) / (len(members) + 1) @ p["o_proj"]["kernel"].T)
+    return np.stack(out), group
 
 
 def visionzip(params, config, pixels):

@@ -109,8 +109,8 @@ def tower(params, config, pixels):
     return tower_tokens(params, config, pixels)[0][1:]
 
 
-def tower_tokens(params, config, pixels):
-    """All tokens, the class token first; and the last block's attention (H, n, n) and keys (n, H, d)."""
+def tower_tokens(params, config, pixels, semantic=None):
+    """All tokens, the class token first, `semantic` ones last; the last block's attention (H, n, n), keys (n, H, d)."""
     vision, p = config.vision, params["vision"]
     patch, grid = vision.patch_size, pixels.shape[-1] // vision.patch_size
     patches = [
@@ -121,12 +121,18 @@ def tower_tokens(params, config, pixels):
     native = vision.image_size // patch
     places = [0] + [1 + y * native + x for y in range(grid) for x in range(grid)]
     x = np.stack([p["class_embedding"], *(np.array(patches) @ p["patch_embedding"]["kernel"].T.astype(np.float64))])
-    x = layer_norm(x + p["position_embedding"][places], p["pre_norm"], vision.norm_eps)
+    x = x + p["position_embedding"][places]
+    hidden = np.zeros((len(x), len(x)))
+    if semantic is not None:  # which the others do not read
+        hidden = np.zeros((len(x) + len(semantic),) * 2)
+        hidden[: len(x), len(x) :] = -np.inf
+        x = np.concatenate([x, semantic])
+    x = layer_norm(x, p["pre_norm"], vision.norm_eps)
     for i in range(vision.num_layers + 1 + vision.select_layer):
         block = take(p["blocks"], i)
         h = layer_norm(x, block["norm1"], vision.norm_eps)
         q, k, v = (heads(linear(h, block["self_attn"][f"{n}_proj"]), vision.width // vision.num_heads) for n in "qkv")
-        weights = softmax(np.einsum("thd,xhd->htx", q, k) / np.sqrt(q.shape[-1]))
+        weights = softmax(np.einsum("thd,xhd->htx", q, k) / np.sqrt(q.shape[-1]) + hidden)
         x = x + linear(np.einsum("htx,xhd->thd", weights, v).reshape(x.shape), block["self_attn"]["out_proj"])
         h = linear(layer_norm(x, block["norm2"], vision.norm_eps), block["mlp"]["fc1"])
         x = x + linear(h / (1 + np.exp(-1.702 * h)), block["mlp"]["fc2"])

@@ -69,7 +69,7 @@ def export_weights(
     """
     checkpoint = store.open_native(source)
     target = layouts.export_layout(layout, checkpoint.source and checkpoint.source.layout)
-    for name in ("crossattention", "dense", "reduction"):
+    for name in ("crossattention", "dense", "grouping", "reduction"):
         if getattr(checkpoint.config, name) is not None:
             raise CheckpointError(
                 f"{source} reads pictures with {name!r}, which the {layout} layout cannot say, so that its "

@@ -239,6 +239,10 @@ def tensor_shapes(config: VLMConfig) -> dict[str, tuple[int, ...]]:
                 shapes[f"decoder/layers/{i}/self_attn/{name}/kernel"] = _key_value_shape(config)
         if config.crossattention is not None:
             shapes |= {f"decoder/layers/{i}/cross_attn/{name}": s for name, s in _cross_attention(config).items()}
+    if config.grouping is not None:
+        width = config.vision.width
+        shapes["grouping/semantic_tokens"] = (config.grouping.groups, width)
+        shapes |= {f"grouping/{part}_proj/kernel": (width, width) for part in "qkvo"}
     if config.crossattention is not None:
         shapes["highres/positions"] = (config.highres_grid**2, _cross_attention(config)["k_proj/kernel"][1])
     return shapes

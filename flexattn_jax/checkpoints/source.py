@@ -281,7 +281,7 @@ def _match(source: SourceCheckpoint) -> _Matched:
         if missing and all("_proj_hd" in name for name in missing):
             hint = "\nThese are FlexAttention's projections; import with --flexattention to initialise them."
         if missing and not any(places.values()):
-            hint = "\nThese are cross-attention's weights, which nobody publishes; take a checkpoint trained with it."
+            hint = "\nNobody publishes these; take a checkpoint that was trained with that setting."
         raise CheckpointError(
             f"the tensors of {source.where} are not those that its configuration describes.\n" + "\n".join(parts) + hint
         )

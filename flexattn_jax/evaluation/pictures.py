@@ -1,7 +1,8 @@
-"""Pictures of what the model looked at: the cells that each layer kept, over the photograph, with the true boxes."""
+"""Pictures of what the model looked at: the cells that each layer kept, with the true boxes; groups of patches."""
 
 from __future__ import annotations
 
+import colorsys
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from flexattn_jax.api import VisionLanguageModel
+from flexattn_jax.config import IMAGE_PLACEHOLDER
 from flexattn_jax.evaluation.harness import open_picture, unpack_cells
 from flexattn_jax.evaluation.predictions import CellSelection, Prediction
 from flexattn_jax.inputs.datasets.questions import Question
@@ -57,6 +60,22 @@ def cell_map(size: tuple[int, int], panel: tuple[int, int], cell_grid: int, grid
     return (rows[:, None] * cell_grid + columns[None, :]).astype(int)
 
 
+def draw_groups(photograph: Image.Image, groups: np.ndarray) -> Image.Image:
+    """The picture with each group of patches (VisToG) as a coloured region.
+
+    Args:
+        photograph: before padding.
+        groups: (N,) int, the group of each patch of the padded square, row-major.
+    """
+    panel, grid = _fit(photograph, _MAIN), round(len(groups) ** 0.5)
+    regions = np.asarray(groups)[cell_map(photograph.size, panel.size, grid, grid)]
+    # Hues a golden section apart: groups whose numbers are close differ most.
+    hues = np.arange(int(regions.max()) + 1) * 0.618034 % 1
+    colours = np.array([colorsys.hsv_to_rgb(hue, 0.75, 0.95) for hue in hues], np.float32) * 255
+    strength = np.where(_borders(regions), 0.9, 0.45).astype(np.float32)
+    return _blend(panel, colours[regions], strength)
+
+
 def draw_question(question: Question, prediction: Prediction) -> Image.Image:
     """One sheet: all layers together on the left, single layers on the right, the question and the answer below."""
     photograph = open_picture(question)
@@ -99,6 +118,19 @@ def write_pictures(
         path = folder / f"{_file_name(question.id)}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         draw_question(question, predictions[question.id]).save(path)
+        paths.append(path)
+    return paths
+
+
+def write_groups(vlm: VisionLanguageModel, questions: Sequence[Question], folder: Path, count: int) -> list[Path]:
+    """Writes a PNG with the groups of a model with grouping for each of the first `count` questions' pictures."""
+    paths = []
+    for question in questions[:count]:
+        photograph, ids = open_picture(question), [vlm.config.bos_token_id, IMAGE_PLACEHOLDER]
+        _, named = vlm.logits([photograph], [ids], capture=["groups"])
+        path = folder / f"{_file_name(question.id)}-groups.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw_groups(photograph, np.asarray(named["groups"][0])).save(path)
         paths.append(path)
     return paths
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from flexattn_jax.config import ConfigError, dotted
 from flexattn_jax.evaluation import demo, harness
 from flexattn_jax.evaluation.benchmarks import BENCHMARKS
 from flexattn_jax.evaluation.harness import HarnessError
-from flexattn_jax.evaluation.pictures import write_pictures
+from flexattn_jax.evaluation.pictures import write_groups, write_pictures
 from flexattn_jax.evaluation.predictions import PREDICTIONS, PredictionLog, WorkdirError
 from flexattn_jax.evaluation.report import build_results, print_report, write_json
 from flexattn_jax.inputs.batching import BatchError
@@ -106,6 +106,7 @@ def run_questions(
     if scorer.ask.continuation is None:
         answers_depend_on["max_new_tokens"] = settings["max_new_tokens"]
 
+    @cache
     def open_vlm():
         return load(checkpoint, dtype=settings["dtype"], config_overrides=overrides)
 
@@ -143,6 +144,9 @@ def run_questions(
             written.append(export.file_name)
         write_json(log.workdir / RESULTS, results)
         paths = write_pictures(asked, log.finished, log.workdir / PICTURES, pictures)
+        if paths and not any(prediction.selection for prediction in answered) and open_vlm().config.grouping:
+            shown = [question for question in asked if question.id in log.finished]
+            paths += write_groups(open_vlm(), shown, log.workdir / PICTURES, pictures)
     print_report(results)
     pictured = f" and {len(paths)} pictures in {log.workdir / PICTURES}" if paths else ""
     print(f"Written: {', '.join(str(log.workdir / file) for file in written)}{pictured}")

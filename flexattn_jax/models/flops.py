@@ -56,6 +56,7 @@ def step_flops(config: VLMConfig, batch: int, length: int, readers: int, trains_
 
     # The tower gets no gradient, nor does the connector through what FlexAttention reads (released code).
     total += tower_flops(config) + connector_flops(config) + 2 * _connector(config, config.num_slots)
+    total += sum(grouping_flops(config))
 
     if config.reads_highres:
         index, _ = cell_tokens(config.highres_grid, flex.cell_grid)
@@ -69,7 +70,7 @@ def step_flops(config: VLMConfig, batch: int, length: int, readers: int, trains_
 
 
 def prefill_flops(config: VLMConfig, text_tokens: int, cells_projected: float = 0.0, cells_read: float = 0.0) -> float:
-    """Operations from a picture and a prompt to logits at every position: tower, connector, decoder, head.
+    """Operations from a picture and a prompt to logits at every position: tower, grouping, connector, decoder, head.
 
     Args:
       text_tokens: beside the picture's slots; cells_projected, cells_read: see `decoder_flops`.
@@ -77,7 +78,7 @@ def prefill_flops(config: VLMConfig, text_tokens: int, cells_projected: float = 
     length = config.num_slots + text_tokens
     head = 2 * length * config.decoder.width * config.decoder.vocab_size
     decoder = decoder_flops(config, length, cells_projected, cells_read)
-    return tower_flops(config) + connector_flops(config) + decoder + head
+    return tower_flops(config) + grouping_flops(config)[0] + connector_flops(config) + decoder + head
 
 
 def tower_flops(config: VLMConfig) -> float:
@@ -98,6 +99,25 @@ def tower_flops(config: VLMConfig) -> float:
         block = 2 * tokens * tower.width * (4 * tower.width + 2 * tower.mlp_dim) + 4 * tokens * tokens * tower.width
         total += tower.num_blocks * block + 2 * grid**2 * 3 * tower.patch_size**2 * tower.width
     return float(total)
+
+
+def grouping_flops(config: VLMConfig) -> tuple[float, float]:
+    """Operations of grouping's semantic tokens, in the tower and in their own layer: forward, and backward."""
+    if config.grouping is None:
+        return 0.0, 0.0
+    groups, patches, tower = config.grouping.groups, config.num_lowres_tokens, config.vision
+    width = tower.width
+    of_groups, of_patches = 2 * 2 * groups * width**2, 2 * 2 * patches * width**2  # two projections of each
+    similarities_and_means = 4 * groups * patches * width
+    forward = of_groups + of_patches + similarities_and_means
+    # Patches have no gradient, so that two of their four products remain; so in the tower's attention, below.
+    backward = 2 * of_groups + of_patches + 2 * similarities_and_means
+    if config.trains_in_tower:
+        weights = 2 * groups * width * (4 * width + 2 * tower.mlp_dim)
+        to_patches, to_each_other = 4 * groups * (patches + 1) * width, 4 * groups * groups * width
+        forward += tower.num_blocks * (weights + to_patches + to_each_other)
+        backward += tower.num_blocks * (weights + to_patches + 2 * to_each_other)  # the tower's weights are frozen
+    return float(forward), float(backward)
 
 
 def connector_flops(config: VLMConfig) -> float:

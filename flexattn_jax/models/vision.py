@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexattn_jax.config import ConvVisionConfig, VisionConfig
-from flexattn_jax.ops.attention import attend, row_probabilities
+from flexattn_jax.ops.attention import attend, merge, row_probabilities
 from flexattn_jax.ops.layers import Linear, activation, layer_stack
 
 
@@ -21,10 +21,12 @@ class Views:
 
     lowres: (B, N, Dv).
     highres: (B, M, Dv) in raster order; None where the model reads none.
+    semantic: (B, groups, Dv), grouping's tokens after the tower, trained and so not constant; else None.
     """
 
     lowres: Any
     highres: Any = None
+    semantic: Any = None
 
 
 def tile(pixels: jax.Array, tiles: int) -> jax.Array:
@@ -70,29 +72,43 @@ class ClassRow:
 
 @flax.struct.dataclass
 class Tokens:
-    """What goes from block to block: x (B, n, Dv), and the last block's class row; None where nobody asks for it."""
+    """What goes from block to block.
+
+    x: (B, n, Dv), class token and patches.
+    row: the last block's class row; None where nobody asks for it.
+    semantic: (B, groups, Dv), tokens that read x and themselves and that x does not read; or None.
+    """
 
     x: Any
     row: ClassRow | None = None
+    semantic: Any = None
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with biases, every token reading every token."""
+    """Multi-head self-attention with biases, every token reading every token, but x no semantic one."""
 
     num_heads: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, ranked: bool) -> tuple[jax.Array, ClassRow | None]:
-        """x (B, n, Dv) -> (B, n, Dv), and with `ranked` the class row."""
+    def __call__(self, tokens: Tokens) -> Tokens:
+        """Normalised tokens -> what each of them reads, and the class row if `tokens` has one."""
+        x, semantic = tokens.x, tokens.semantic
         split = (*x.shape[:-1], self.num_heads, x.shape[-1] // self.num_heads)
-        query, key, value = (Linear(x.shape[-1], True, name=f"{part}_proj")(x) for part in "qkv")
-        query = query.reshape(split)
+        q_proj, k_proj, v_proj, out_proj = (
+            Linear(x.shape[-1], True, name=f"{part}_proj") for part in ("q", "k", "v", "out")
+        )
+        query, key, value = q_proj(x).reshape(split), k_proj(x), v_proj(x)
         out, lse = attend(query, key, value)
-        out = Linear(x.shape[-1], True, name="out_proj")(out.reshape(x.shape))
-        if not ranked:
-            return out, None
-        scores = row_probabilities(query[:, :1], key, lse[:, :1])[:, 0]
-        return out, ClassRow(scores, key.reshape(split).mean(axis=2))
+        row = None
+        if tokens.row is not None:
+            scores = row_probabilities(query[:, :1], key, lse[:, :1])[:, 0]
+            row = ClassRow(scores, key.reshape(split).mean(axis=2))
+        if semantic is not None:  # apart from x, whose numbers then are the same without them
+            own_query = q_proj(semantic).reshape(*semantic.shape[:-1], *split[2:])
+            own_key, own_value = k_proj(semantic), v_proj(semantic)
+            read, _ = merge(attend(own_query, key, value), attend(own_query, own_key, own_value))
+            semantic = out_proj(read.reshape(semantic.shape))
+        return Tokens(out_proj(out.reshape(x.shape)), row, semantic)
 
 
 class MLP(nn.Module):
@@ -116,12 +132,17 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, tokens: Tokens, index: jax.Array | int) -> tuple[Tokens, None]:
         """One block."""
-        config, x = self.config, tokens.x
-        attention = Attention(config.num_heads, name="self_attn")
-        out, row = attention(layer_norm(config, x.dtype, "norm1")(x), tokens.row is not None)
-        x = x + out
-        x = x + MLP(config.mlp_dim, config.activation, name="mlp")(layer_norm(config, x.dtype, "norm2")(x))
-        return Tokens(x, row), None
+        config, x, semantic = self.config, tokens.x, tokens.semantic
+        norm1, norm2 = (layer_norm(config, x.dtype, name) for name in ("norm1", "norm2"))
+        mlp = MLP(config.mlp_dim, config.activation, name="mlp")
+        normed = tokens.replace(x=norm1(x), semantic=None if semantic is None else norm1(semantic))
+        read = Attention(config.num_heads, name="self_attn")(normed)
+        x = x + read.x
+        x = x + mlp(norm2(x))
+        if semantic is not None:
+            semantic = semantic + read.semantic
+            semantic = semantic + mlp(norm2(semantic))
+        return Tokens(x, read.row, semantic), None
 
 
 def layer_norm(config: VisionConfig | ConvVisionConfig, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
@@ -146,11 +167,20 @@ class VisionTower(nn.Module):
         Returns:
           (B, (s / patch)**2, Dv): hidden state `select_layer` without the class token.
         """
-        return self.tokens(pixels, ranked=False).x[:, 1:]
+        return self.tokens(pixels).x[:, 1:]
 
     @nn.compact
-    def tokens(self, pixels: jax.Array, ranked: bool) -> Tokens:
-        """The class token and the patches (B, 1 + (s / patch)**2, Dv), with `ranked` the last block's class row."""
+    def tokens(self, pixels: jax.Array, ranked: bool = False, semantic: jax.Array | None = None) -> Tokens:
+        """All tokens that leave the tower.
+
+        Args:
+          pixels: (B, 3, s, s), see above.
+          ranked: with the last block's class row.
+          semantic: (B, groups, Dv), tokens that run along behind the patches.
+
+        Returns:
+          x (B, 1 + (s / patch)**2, Dv), the class token first; and what was asked for.
+        """
         config, patch = self.config, self.config.patch_size
         batch, _, side, _ = pixels.shape
         grid = side // patch
@@ -165,14 +195,15 @@ class VisionTower(nn.Module):
         positions = jnp.concatenate([table[:1], positions.reshape(grid**2, config.width)]).astype(self.dtype)
 
         x = jnp.concatenate([jnp.broadcast_to(class_token, (batch, 1, config.width)), x], axis=1) + positions
-        x = layer_norm(config, self.dtype, "pre_norm")(x)
+        pre_norm = layer_norm(config, self.dtype, "pre_norm")
+        x = pre_norm(x)
         row = None
         if ranked:  # of the shape that the blocks give it
             row = ClassRow(
                 jnp.zeros(x.shape[:2], jnp.float32),
                 jnp.zeros((*x.shape[:2], config.width // config.num_heads), self.dtype),
             )
-        tokens = Tokens(x, row)
+        tokens = Tokens(x, row, None if semantic is None else pre_norm(semantic))
         if config.num_blocks:
             tokens, _ = layer_stack(Block, "blocks", config.num_blocks, self.scan_layers, config=config)(tokens)
         return tokens

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flexattn_jax.config import VLMConfig
 from flexattn_jax.highres.cells import Picture, make_picture
 from flexattn_jax.highres.crossattention import Positions, Source
+from flexattn_jax.highres.grouping import Grouping
 from flexattn_jax.highres.reduction import reduce_features
 from flexattn_jax.highres.step import Rows, Slots, Step
 from flexattn_jax.highres.visionzip import visionzip
@@ -62,14 +63,22 @@ class VLM(nn.Module):
         self.decoder = Decoder(config)
         if config.crossattention is not None:
             self.highres = Positions()
+        if config.grouping is not None:
+            self.grouping = Grouping(config.grouping, config.vision.width, jnp.dtype(config.dtype))
 
     def tower(self, pixels: jax.Array) -> jax.Array:
         """The tower alone, with gradient: (B, 3, s, s), normalised -> (B, (s / patch)**2, Dv)."""
         return self.vision(pixels)
 
     def see(self, pixels: jax.Array) -> Views:
-        """The tower's features of pictures (B, 3, S, S), normalised, that the model reads; without gradient."""
+        """The tower's features of pictures (B, 3, S, S), normalised, that the model reads; without gradient.
+
+        Semantic tokens have one, for what they begin as; the tower's weights are the caller's to leave alone.
+        """
         config, reduction, small = self.config, self.config.reduction, downscale(pixels, self.config.lowres_size)
+        if config.trains_in_tower:
+            tokens = self.vision.tokens(small, semantic=self.grouping.tokens(small.shape[0]))
+            return Views(jax.lax.stop_gradient(tokens.x[:, 1:]), semantic=tokens.semantic)
         if reduction is not None and reduction.method == "visionzip":
             tokens = self.vision.tokens(small, ranked=True)
             row = tokens.row
@@ -80,17 +89,25 @@ class VLM(nn.Module):
                 views = Views(reduce_features(reduction, views.lowres))
         return jax.lax.stop_gradient(views)
 
-    def connect(self, views: Views) -> tuple[Features, dict]:
+    def connect(self, views: Views, key: jax.Array | None = None) -> tuple[Features, dict]:
         """Brings what the tower saw to the decoder's width.
+
+        Args:
+          views: of `see`.
+          key: of grouping's noise in this step of training; None: no noise.
 
         Returns:
           The features; and named intermediates `lowres_features` (B, N, Dv), `lowres` (B, N, D), `highres` (B, M, D) in
-          raster order; N fewer where `reduction` has made them so. FlexAttention's connector gets no gradient through
-          high resolution (released code).
+          raster order; N fewer where `reduction` or `grouping` has made them so, and then `groups` (B, N) int32, the
+          group of each patch. FlexAttention's connector gets no gradient through high resolution (released code).
         """
         config = self.config
         views = jax.tree.map(lambda x: jnp.asarray(x, config.dtype), views)
         named = {"lowres_features": views.lowres}
+        if config.grouping is not None:
+            semantic = views.semantic if config.trains_in_tower else self.grouping.tokens(views.lowres.shape[0])
+            grouped, named["groups"] = self.grouping(views.lowres, semantic, key)
+            views = views.replace(lowres=grouped)
         if config.dense is not None:
             tokens = self.connector(jnp.concatenate([views.lowres, views.highres], axis=1))
             lowres, highres = jnp.split(tokens, [config.num_lowres_tokens], axis=1)
@@ -107,27 +124,28 @@ class VLM(nn.Module):
         index, _ = cell_tokens(config.highres_grid, config.flexattention.cell_grid)
         return Features(lowres, highres[:, index]), named | {"highres": highres}
 
-    def encode(self, pixels: jax.Array) -> tuple[Features, dict]:
+    def encode(self, pixels: jax.Array, key: jax.Array | None = None) -> tuple[Features, dict]:
         """Encodes pictures (B, 3, S, S), normalised, once at low and once at high resolution: `see`, then `connect`."""
-        features, named = self.connect(self.see(pixels))
+        features, named = self.connect(self.see(pixels), key)
         return features, named | {"lowres_pixels": downscale(pixels, self.config.lowres_size)}
 
     def assemble(
-        self, batch: Batch, features: Features | None
+        self, batch: Batch, features: Features | None, key: jax.Array | None = None
     ) -> tuple[jax.Array, Picture | Source | None, Slots | None, dict]:
         """The sequence (B, T, D) with the pictures' tokens in their slots, and what the layers know of the pictures.
 
         Args:
           batch: see Batch.
           features: of its pictures; None: they are encoded here.
+          key: see `connect`.
         """
         config, named = self.config, {}
         hidden = self.decoder.embed(batch.token_ids)
         if features is None:
             if batch.views is not None:
-                features, named = self.connect(batch.views)
+                features, named = self.connect(batch.views, key)
             elif batch.pixels is not None:
-                features, named = self.encode(batch.pixels)
+                features, named = self.encode(batch.pixels, key)
             else:
                 return hidden, None, None, named
         slot = jnp.arange(hidden.shape[1]) - batch.image_start[:, None]  # (B, T)
@@ -161,7 +179,7 @@ class VLM(nn.Module):
             sample, as in inference. In training: the rows that predict answers. Variant "paper": all rows read, and
             the first of these rows selects for all.
           alpha: () float32, weight of high resolution during training's warm-up; None: 1.
-          key: of selector "random" in this step of training; None: its seed.
+          key: in this step of training, of selector "random" (None: its seed) and of grouping's noise (None: none).
           given: (layers, B, Q, C) bool, cells to read in place of those selected, see Step.
           capture: keep maps and hidden states of every layer.
 
@@ -171,7 +189,7 @@ class VLM(nn.Module):
         Raises:
           BatchError: texts that share a beginning, for variant "paper".
         """
-        hidden, picture, slots, named = self.assemble(batch, features)
+        hidden, picture, slots, named = self.assemble(batch, features, key)
         length = hidden.shape[1]
         last = batch.lengths[:, None] - 1
         readers = last if readers is None else readers

@@ -89,7 +89,7 @@ def next_token_loss(
       labels: (B, T) int32, IGNORED where no loss is taken.
       readers: (B, R) int32, see `answer_rows`.
       alpha: () float32, min(1, epoch * warmup); None: 1.
-      key: of selector "random" in this step; None: its seed.
+      key: of what is random in this step, see `VLM.__call__`; None in evaluation.
 
     Returns:
       The loss (), and the logits (B, T, V) with the model's named intermediates.

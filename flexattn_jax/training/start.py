@@ -78,11 +78,14 @@ def open_start(start: StartConfig, overrides: Mapping[str, Any], seed: int) -> S
             )
         opened = open_source(start.checkpoint, start.vision_tower or None, init_seed=seed)
     config = _configure(opened.config, start, overrides)
-    stacked = dataclasses.replace(config, scan_layers=True)
+    # Layers without FlexAttention's projections stay so when what took their place is left out, below.
+    flex = config.flexattention if config.num_flex_layers else None
+    stacked = dataclasses.replace(config, scan_layers=True, flexattention=flex)
     redrawn = _redrawn(start.redraw, config)
-    if config.crossattention is not None and opened.config.crossattention is None:  # nobody publishes any
-        stacked = dataclasses.replace(stacked, crossattention=None)
-        redrawn |= set(layouts.leaf_shapes(config)) - set(layouts.leaf_shapes(stacked))
+    for name in ("crossattention", "grouping"):  # nobody publishes weights of these
+        if getattr(config, name) is not None and getattr(opened.config, name) is None:
+            stacked = dataclasses.replace(stacked, **{name: None})
+            redrawn |= set(layouts.leaf_shapes(config)) - set(layouts.leaf_shapes(stacked))
 
     def read() -> dict[str, Any]:
         flat = flatten(opened.params(config=stacked, dtype="float32"))

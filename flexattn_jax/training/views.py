@@ -16,7 +16,7 @@ import numpy as np
 from rich.progress import track
 
 from flexattn_jax.checkpoints.trees import flatten
-from flexattn_jax.config import VLMConfig
+from flexattn_jax.config import ConfigError, VLMConfig
 from flexattn_jax.inputs.images import ImageError
 from flexattn_jax.models.vision import Views
 from flexattn_jax.models.vlm import VLM
@@ -68,8 +68,14 @@ def keep_views(source: TextSource, config: VLMConfig, vision_params: dict, folde
         (N + M) * Dv numbers: 313 KB in the `mini` preset, 12 MB in a 7B model.
 
     Raises:
+      ConfigError: the model trains what runs through the tower.
       TrainingFault: the folder cannot be written, or has no room.
     """
+    if config.trains_in_tower:
+        raise ConfigError(
+            "what the tower sees cannot be kept: grouping's semantic tokens run through it and are trained; set "
+            "data.keep_views to False"
+        )
     folder = Path(folder)
     stem = f"{source.digest[:16]}-{_digest(config, vision_params)}"
     shapes = {"lowres": (len(source), config.num_lowres_views, config.vision.width)}

@@ -23,6 +23,7 @@ SYSTEMS = {
         **{"crossattention.width": 48, "crossattention.num_heads": 4, "crossattention.source": "connector"},
         **{"crossattention.tiles": 2, "image_size": 84},
     },
+    "VisToG": {"grouping.groups": 6},
     "FastV": {"reduction.tokens": 5},
     "FastV after one layer": {"reduction.tokens": 9, "reduction.layers": (1,)},
     "PyramidDrop": {"reduction.method": "pyramiddrop", "reduction.tokens": 3},
@@ -37,7 +38,7 @@ OPTION_LENGTHS = np.array([[3, 2]], np.int32)
 TAIL = [11, 62]
 QUICKLY = {"xla_backend_optimization_level": 0}  # of compile and run, the former takes nearly all
 SHALLOW = {"decoder.num_layers": 3, "vision.num_layers": 2}
-DEFAULT = ("dense, fewer with FastV", "cross-attention to the connector", "VisionZip")
+DEFAULT = ("dense, fewer with FastV", "cross-attention to the connector", "VisToG")
 
 
 def config_of(name, **changes):
@@ -96,7 +97,7 @@ def test_three_prompts_of_different_lengths(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dense, fewer with FastV", "PyramidDrop", "down-sampling"])
+@pytest.mark.parametrize("name", ["dense, fewer with FastV", "PyramidDrop", "down-sampling", "VisToG"])
 def test_one_prompt_with_unrolled_layers(name):
     check(config_of(name, scan_layers=False), lengths=(10,), places=(3,))
 
@@ -111,8 +112,11 @@ def test_a_prompt_that_ends_with_its_picture_keeps_the_row_that_answers():
     check(config_of("FastV", **SHALLOW), lengths=(4, 6), places=(3, 0))
 
 
-@pytest.mark.parametrize("name", ["ToMe", "random", "down-sampling"])
-@pytest.mark.parametrize("tower", ["tiny", "mini"])
+@pytest.mark.parametrize(
+    ("name", "tower"),
+    [(name, tower) for name in ("ToMe", "random", "down-sampling") for tower in ("tiny", "mini")]
+    + [("VisionZip", "tiny"), ("VisionZip without contextual tokens", "tiny")],
+)
 def test_fewer_features_of_either_tower(name, tower):
     small = {"vision.stem_widths": (4, 8, 8, 8), "vision.mlp_dim": 8, "vision.num_layers": 1}
     size = {"image_size": 64, "lowres_size": 64} if tower == "mini" else PLAIN

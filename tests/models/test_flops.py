@@ -44,6 +44,7 @@ def xla_flops(config, trainable):
         ({}, "connector,decoder"),
         ({"flexattention.capacity": 2, "flexattention.union_capacity": 3}, "connector,decoder"),
         ({"flexattention.enabled": False}, "connector"),
+        ({"flexattention.enabled": False, "grouping.groups": 48}, "grouping,connector,decoder"),
     ],
 )
 def test_operations_are_those_that_xla_counts(changes, trainable, monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 
 from flexattn_jax.config import override, preset
-from flexattn_jax.models.flops import decoder_flops, prefill_flops, tower_flops
+from flexattn_jax.models.flops import decoder_flops, grouping_flops, prefill_flops, tower_flops
 
 LLAVA = override(preset("7b"), {"flexattention": None, "image_size": 336})
 HD_448 = override(LLAVA, {"dense.tiles": 2, "image_size": 448})
@@ -34,6 +34,15 @@ def test_flexattention_as_released_multiplies_all_rows_with_all_selected_tokens(
     # Only the last row needs them.
     saved = prefill_flops(config, 60, cells, rows * cells) - prefill_flops(config, 60, cells, cells)
     assert saved == pytest.approx(4 * 635 * share * 5184 * 4096 * 23)
+
+
+def test_visual_tokens_of_vistog_by_hand():
+    vistog = override(LLAVA, {"grouping.groups": 64})
+    assert decoder_flops(vistog, 64 + 64) / TERA == pytest.approx(1.7, rel=0.02)
+    forward, _ = grouping_flops(vistog)
+    block = 2 * 64 * (4 * 1024 * 1024 + 2 * 1024 * 4096) + 4 * 64 * (577 + 64) * 1024
+    assert forward == 23 * block + 4 * (64 + 576) * 1024 * 1024 + 4 * 64 * 576 * 1024
+    assert grouping_flops(LLAVA) == (0, 0)
 
 
 def test_cross_attention_by_hand():

@@ -1,5 +1,6 @@
 """A tiny checkpoint and a small data set in LLaVA's format."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -68,24 +69,31 @@ def llava_data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def settings(checkpoint, llava_data):
-    """Of configs/train_llava.py, for the data set above."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location(
-        "train_llava", Path(__file__).parents[2] / "configs" / "train_llava.py"
-    )
+def settings_of(checkpoint, llava_data):
+    """Of a stage of configs/train_llava.py, for the data set above."""
+    file = Path(__file__).parents[2] / "configs" / "train_llava.py"
+    spec = importlib.util.spec_from_file_location("train_llava", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = module.get_config()
-    config.start.checkpoint = str(checkpoint)
-    config.data.update(conversations=str(llava_data / "conversations.json"), pictures=str(llava_data / "pictures"))
-    config.data.update(max_length=160, text_lengths=(128,), answer_rows=(16,), eval_samples=4, window=2)
-    config.optimizer.learning_rate = 3e-3
-    config.batch_size, config.epochs, config.seed = 4, 2.0, 1
-    config.model.remat = "none"
-    config.loop.update(log_every=1, eval_every=6, save_every=3, threads=2, read_ahead=2, pictures=1)
-    return config.to_dict()
+
+    def make(stage):
+        config = module.get_config(stage)
+        config.start.checkpoint = str(checkpoint)
+        config.data.update(conversations=str(llava_data / "conversations.json"), pictures=str(llava_data / "pictures"))
+        config.data.update(max_length=160, text_lengths=(128,), answer_rows=(16,), eval_samples=4, window=2)
+        config.optimizer.learning_rate = 3e-3
+        config.batch_size, config.epochs, config.seed = 4, 2.0, 1
+        config.model.remat = "none"
+        config.loop.update(log_every=1, eval_every=6, save_every=3, threads=2, read_ahead=2, pictures=1)
+        return config.to_dict()
+
+    return make
+
+
+@pytest.fixture
+def settings(settings_of):
+    """Of instruction tuning."""
+    return settings_of("instruct")
 
 
 @pytest.fixture

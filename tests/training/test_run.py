@@ -17,7 +17,11 @@ import pytest
 
 import flexattn_jax
 from flexattn_jax.checkpoints.store import load_params
+from flexattn_jax.checkpoints.trees import flatten
 from flexattn_jax.config import ConfigError
+from flexattn_jax.evaluation.demo import demo_questions
+from flexattn_jax.evaluation.run import run_questions
+from flexattn_jax.evaluation.settings import benchmark_config
 from flexattn_jax.inputs.conversations import ConversationError
 from flexattn_jax.training.loop import TrainingFault
 from flexattn_jax.training.tasks import run_task
@@ -124,6 +128,27 @@ def test_a_run_learns_logs_and_leaves_a_model_that_answers(undisturbed, checkpoi
     jax.tree.map(np.testing.assert_array_equal, before["vision"], after["vision"])
     hd = [np.asarray(p["decoder"]["flex"]["self_attn"]["k_proj_hd"]["kernel"]) for p in (before, after)]
     assert np.array_equal(hd[0][0], hd[1][0]) and not np.array_equal(hd[0][1], hd[1][1])
+
+
+@pytest.mark.slow
+def test_vistogs_two_stages_make_a_model_whose_groups_are_drawn(settings_of, tmp_path):
+    model = settings_of("vistog")["start"]["checkpoint"]
+    for stage, trained in (("vistog_align", ("connector",)), ("vistog", ("connector", "decoder"))):
+        settings, before = settings_of(stage), load_params(model)
+        assert settings["model"]["grouping"]["groups"] == 64
+        settings["model"]["grouping"]["groups"] = 6
+        settings["start"]["checkpoint"] = str(model)
+        model = run_task(settings, tmp_path / stage)
+        metrics = read_metrics(tmp_path / stage)
+        assert metrics[-1]["eval_loss"] < 0.9 * next(entry["loss"] for entry in metrics if "loss" in entry)
+        after = load_params(model)
+        for path in ("vision/position_embedding", "connector/fc2/kernel", "decoder/embedding"):
+            first, second = (flatten(params)[path] for params in (before, after))
+            assert np.array_equal(first, second) != path.startswith(trained)
+    settings = benchmark_config("vstar").to_dict() | {"data_dir": str(demo_questions()), "checkpoint": str(model)}
+    run_questions("vstar", settings | {"limit": 1, "pictures": 2}, tmp_path / "vstar", show_progress=False)
+    drawn = sorted(path.name for path in (tmp_path / "vstar").rglob("*-groups.png"))
+    assert len(drawn) == 2
 
 
 @pytest.mark.slow

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 from conftest import FIXTURES
 
+from flexattn_jax.checkpoints import layouts
 from flexattn_jax.checkpoints.errors import CheckpointError
 from flexattn_jax.checkpoints.store import load_params, save_model
 from flexattn_jax.checkpoints.trees import flatten
 from flexattn_jax.config import ConfigError, override, preset
+from flexattn_jax.training.optimizer import split_params
 from flexattn_jax.training.start import StartConfig, open_start, param_shapes
 from flexattn_jax.training.state import draw_params
 
@@ -47,6 +49,30 @@ def test_a_published_llava_gets_projections_and_keeps_everything_else():
     np.testing.assert_array_equal(before["mlp"]["up_proj"]["kernel"][1:], after["mlp"]["up_proj"]["kernel"])
     drawn = np.asarray(after["self_attn"]["k_proj_hd"]["kernel"])
     assert np.std(drawn) == pytest.approx(0.02, rel=0.1) and drawn.dtype == np.float32
+
+
+def test_vistogs_stages_add_semantic_tokens_to_a_published_llava_and_go_on_with_them(tmp_path):
+    draw = lambda seed: open_start(  # noqa: E731
+        StartConfig(checkpoint=str(LLAVA), read_highres=False, redraw="connector"), {"grouping.groups": 4}, seed
+    )
+    first, (params, other) = draw(0), (draw(seed).params() for seed in (0, 1))
+    assert first.config.grouping.groups == 4 and params["grouping"]["semantic_tokens"].shape[0] == 4
+    assert not np.array_equal(params["grouping"]["semantic_tokens"], other["grouping"]["semantic_tokens"])
+    assert not np.array_equal(params["connector"]["fc1"]["kernel"], other["connector"]["fc1"]["kernel"])
+    trained, frozen = split_params(params, "grouping,connector")
+    assert set(trained) == {"grouping", "connector"} and set(frozen) == {"vision", "decoder"}
+    save_model(tmp_path / "aligned", first.config, params, like=LLAVA)
+    second = open_start(StartConfig(checkpoint=str(tmp_path / "aligned"), read_highres=False), {}, seed=3)
+    jax.tree.map(np.testing.assert_array_equal, second.params(), params)
+
+
+@pytest.mark.parametrize("added", [{"grouping.groups": 4}, {"crossattention.width": 32, "crossattention.num_heads": 4}])
+def test_what_nobody_publishes_is_added_to_a_checkpoint_with_flexattention(checkpoint, added):
+    start = open_start(StartConfig(checkpoint=str(checkpoint), read_highres=False), added, seed=0)
+    params, stored = (flatten(p) for p in (start.params(), load_params(checkpoint)))
+    assert {path: leaf.shape for path, leaf in params.items()} == layouts.leaf_shapes(start.config)
+    layers = [stored[f"decoder/{name}/mlp/up_proj/kernel"] for name in ("plain", "flex")]
+    np.testing.assert_array_equal(params["decoder/plain/mlp/up_proj/kernel"], np.concatenate(layers))
 
 
 def test_high_resolution_can_be_left_out_of_a_checkpoint_that_has_it(checkpoint):
