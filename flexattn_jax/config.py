@@ -213,7 +213,7 @@ def _check_systems(config: VLMConfig) -> None:
             isinstance(config.vision, ConvVisionConfig)
             or config.image_size // config.tiles <= config.vision.image_size,
             f"image_size {config.image_size} / {name}.tiles {config.tiles} is above the tower's native size "
-            f"{config.vision.image_size}; take more tiles",
+            f"{getattr(config.vision, 'image_size', 0)}; take more tiles",
         )
     if config.reduction is not None:
         _check_reduction(config, config.reduction, present)

@@ -43,7 +43,7 @@ def mean_of_splits(predictions: Sequence[Prediction]) -> list[Figure]:
         return float(np.mean([rng.choice(s, len(s)).mean() for s in scores]))
 
     value = float(np.mean([s.mean() for s in scores]))
-    return [Figure("mean of the types", value, len(predictions), _interval(draw))]
+    return [Figure("mean of the types", value, len(predictions), bootstrap_interval(draw))]
 
 
 def pope_figures(predictions: Sequence[Prediction]) -> list[Figure]:
@@ -60,7 +60,7 @@ def pope_figures(predictions: Sequence[Prediction]) -> list[Figure]:
         n, (hit, false_alarm, miss, _) = len(chosen), table.tolist()
         tables.append(table)
         figures += [
-            Figure(f"F1, {split}", _f1(table), n, _interval(lambda rng, t=table: _f1(_redraw(rng, t)))),
+            Figure(f"F1, {split}", _f1(table), n, bootstrap_interval(lambda rng, t=table: _f1(_redraw(rng, t)))),
             Figure(f"precision, {split}", _ratio(hit, hit + false_alarm), n),
             Figure(f"recall, {split}", _ratio(hit, hit + miss), n),
             Figure(f"answers yes, {split}", _ratio(hit + false_alarm, n), n),
@@ -72,7 +72,7 @@ def pope_figures(predictions: Sequence[Prediction]) -> list[Figure]:
         return float(np.mean([_f1(_redraw(rng, table)) for table in tables]))
 
     mean = float(np.mean([_f1(table) for table in tables]))
-    return [Figure("F1, mean of the kinds", mean, len(predictions), _interval(draw)), *figures]
+    return [Figure("F1, mean of the kinds", mean, len(predictions), bootstrap_interval(draw)), *figures]
 
 
 def mme_figures(predictions: Sequence[Prediction]) -> list[Figure]:
@@ -96,7 +96,7 @@ def mme_figures(predictions: Sequence[Prediction]) -> list[Figure]:
 
         name = f"{part}, {len(drawn)} of {len(categories)} categories"
         total = sum(_points(pairs) for pairs in drawn)
-        figures.append(Figure(name, total, 2 * sum(map(len, drawn)), _interval(draw), points=True))
+        figures.append(Figure(name, total, 2 * sum(map(len, drawn)), bootstrap_interval(draw), points=True))
     return figures
 
 
@@ -123,7 +123,7 @@ def refcoco_figures(predictions: Sequence[Prediction]) -> list[Figure]:
     def draw(rng: np.random.Generator) -> float:
         return float(rng.choice(overlaps, len(overlaps)).mean())
 
-    return [Figure("mean overlap (IoU)", float(overlaps.mean()), len(overlaps), _interval(draw))]
+    return [Figure("mean overlap (IoU)", float(overlaps.mean()), len(overlaps), bootstrap_interval(draw))]
 
 
 def box_overlap(prediction: Prediction) -> float:
@@ -156,7 +156,7 @@ def _redraw(rng: np.random.Generator, table: np.ndarray) -> np.ndarray:
     return rng.multinomial(table.sum(), table / table.sum())
 
 
-def _interval(draw: Callable[[np.random.Generator], float]) -> tuple[float, float]:
+def bootstrap_interval(draw: Callable[[np.random.Generator], float]) -> tuple[float, float]:
     """The 95 % percentile bootstrap interval of a figure, the same in every run."""
     rng = np.random.default_rng(_SEED)
     low, high = np.percentile([draw(rng) for _ in range(_RESAMPLES)], [2.5, 97.5])

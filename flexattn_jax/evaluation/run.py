@@ -110,7 +110,7 @@ def run_questions(
     def open_vlm():
         return load(checkpoint, dtype=settings["dtype"], config_overrides=overrides)
 
-    asked = _first_of_each_split(questions, limit)
+    asked = first_of_each_split(questions, limit)
     with PredictionLog(workdir, answers_depend_on, questions) as log:
         if log.finished:
             known = sum(question.id in log.finished for question in asked)
@@ -189,7 +189,8 @@ def _checkpoint(settings: Mapping[str, Any]) -> Path:
     return folder
 
 
-def _first_of_each_split(questions: Sequence[Question], limit: int) -> list[Question]:
+def first_of_each_split(questions: Sequence[Question], limit: int) -> list[Question]:
+    """The first `limit` questions of each split; 0: all."""
     if not limit:
         return list(questions)
     counts: dict[str, int] = {}
@@ -208,4 +209,11 @@ def _run_vsearch(settings: Mapping[str, Any], workdir: str | Path) -> dict[str, 
     return run_vsearch(settings, workdir)
 
 
-RUNNERS: dict[str, Runner] = {name: partial(run_questions, name) for name in BENCHMARKS} | {"vsearch": _run_vsearch}
+def _run_compare(settings: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
+    from flexattn_jax.evaluation.compare import run_compare
+
+    return run_compare(settings, workdir)
+
+
+RUNNERS: dict[str, Runner] = {name: partial(run_questions, name) for name in BENCHMARKS}
+RUNNERS |= {"vsearch": _run_vsearch, "compare": _run_compare}

@@ -105,7 +105,7 @@ def ask_all(
         p if p.block == block else pack_options(vlm.tokenizer, example, vlm.config, block)
         for p, example in zip(packed, examples, strict=True)
     ]
-    length = _rounded(max(p.length for p in packed)) - vlm.config.num_lowres_tokens
+    length = _rounded(max(p.length for p in packed)) - vlm.config.num_slots
     readers = _rounded(max(int(p.learned.sum()) for p in packed))
     buckets = Buckets(text_lengths=(length,), block_lengths=(block,))
     rng = np.random.default_rng(seed)
@@ -151,7 +151,7 @@ def pack_options(tokenizer: Tokenizer, example: Example, config: VLMConfig, bloc
     Args:
       block: positions of each, see Batch.blocks; None: what the longest needs.
     """
-    slots = config.num_lowres_tokens
+    slots = config.num_slots
     ids, segments, learned, made = [], [], [], []
     for number, asked in enumerate(example.questions):
         texts = []

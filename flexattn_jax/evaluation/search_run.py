@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from flexattn_jax.api import load
+from flexattn_jax.api import VisionLanguageModel, load
 from flexattn_jax.config import VLMConfig, dotted
 from flexattn_jax.evaluation.harness import HarnessError, unpack_cells
 from flexattn_jax.evaluation.metrics import accuracy
@@ -97,7 +97,7 @@ def run_vsearch(settings: Mapping[str, Any], workdir: str | Path) -> dict[str, A
     rows = load_vsearch(settings["data_dir"] or None, settings["preset"], settings["split"], settings["seed"])
     count = min(settings["limit"] or len(rows), len(rows))
     examples = [decode_example(rows[k]) for k in range(count)]
-    questions = {example.id: _questions(example) for example in examples}
+    questions = {example.id: as_questions(example) for example in examples}
     results: dict[str, Any] = {"benchmark": "vsearch", "config": dict(settings), "pictures": count, "arms": {}}
     for name in settings["arms"]:
         arm = ARMS[name]
@@ -134,16 +134,7 @@ def _run_arm(
     }
     flat = [question for example in examples for question in questions[example.id]]
     with PredictionLog(workdir, answers_depend_on, flat) as log:
-        left = [e for e in examples if any(q.id not in log.finished for q in questions[e.id])]
-        by_id = {question.id: question for question in flat}
-        began, compiled = time.perf_counter(), True
-        with Progress(transient=True) as progress:
-            bar = progress.add_task(arm.title, total=len(left))
-            for answers in ask_all(vlm, left, arm.swap or None, settings["seed"], settings["batch_size"]):
-                seconds, began = (time.perf_counter() - began) / len(answers), time.perf_counter()
-                log.append([_prediction(a, by_id[a.id], log, seconds, compiled, vlm.config) for a in answers])
-                compiled = False
-                progress.advance(bar, len({a.id.rsplit("/", 1)[0] for a in answers}))
+        answer_all(vlm, examples, questions, log, arm.title, arm.swap or None, settings["seed"], settings["batch_size"])
         finished = log.finished
     if settings["pictures"] and vlm.config.reads_highres:
         write_pictures(flat, finished, workdir / "pictures", settings["pictures"])
@@ -151,7 +142,33 @@ def _run_arm(
     return _summary(arm, [finished[q.id] for q in flat], lengths, vlm.config)
 
 
-def _questions(example: Example) -> list[Question]:
+def answer_all(
+    vlm: VisionLanguageModel,
+    examples: Sequence[Example],
+    questions: Mapping[str, list[Question]],
+    log: PredictionLog,
+    title: str,
+    swap: str | None = None,
+    seed: int = 0,
+    batch_size: int = 4,
+) -> None:
+    """Asks what `log` has no answer to yet, and adds the answers; swap, seed, batch_size: see `ask_all`."""
+    left = [e for e in examples if any(q.id not in log.finished for q in questions[e.id])]
+    if not left:
+        return
+    by_id = {question.id: question for asked in questions.values() for question in asked}
+    began, compiled = time.perf_counter(), True
+    with Progress(transient=True) as progress:
+        bar = progress.add_task(title, total=len(left))
+        for answers in ask_all(vlm, left, swap, seed, batch_size):
+            seconds, began = (time.perf_counter() - began) / len(answers), time.perf_counter()
+            log.append([_prediction(a, by_id[a.id], log, seconds, compiled, vlm.config) for a in answers])
+            compiled = False
+            progress.advance(bar, len({a.id.rsplit("/", 1)[0] for a in answers}))
+
+
+def as_questions(example: Example) -> list[Question]:
+    """All questions about a picture in the form that other benchmarks have; a split is a form of question."""
     picture = _Bytes(example.image)
     return [
         Question(
