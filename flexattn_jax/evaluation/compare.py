@@ -48,12 +48,14 @@ class Asked:
     """A benchmark as every system is asked it.
 
     title: as printed.
+    known: all questions of the benchmark; questions: those that are asked, the first ones of them.
     settings: what answers depend on beside the model, for run.json.
     answer: (vlm, log) -> None asks what the log has no answer to yet.
     prompts: of the questions.
     """
 
     title: str
+    known: Sequence[Question]
     questions: Sequence[Question]
     settings: Mapping[str, Any]
     answer: Callable[[VisionLanguageModel, PredictionLog], None]
@@ -183,7 +185,7 @@ def _row(
         }
         place = folder / name / ("model" if model.seed is None else f"seed{model.seed}")
         try:
-            with PredictionLog(place, depends, asked.questions) as log:
+            with PredictionLog(place, depends, asked.known) as log:
                 if any(question.id not in log.finished for question in asked.questions):
                     print(f"{asked.title}: {system.title}, {place.name}", flush=True)
                     asked.answer(model.open(), log)
@@ -276,15 +278,15 @@ def _asked(name: str, settings: Mapping[str, Any]) -> Asked:
     variant = variant or benchmark.variants[0]
     if variant not in benchmark.variants:
         raise HarnessError(f"{benchmark_name} has no variant {variant!r}; it has {', '.join(benchmark.variants)}")
-    questions, _ = benchmark.read(settings["data_dirs"][benchmark_name], variant)
+    known, _ = benchmark.read(settings["data_dirs"][benchmark_name], variant)
     scorer_name, scorer = next(iter(benchmark.scorers.items()))
-    questions = first_of_each_split(questions, settings["limit"])
+    questions = first_of_each_split(known, settings["limit"])
     depends = {"benchmark": benchmark_name, "variant": variant, "scorer": scorer_name}
     tokens = benchmark.max_new_tokens
     if scorer.ask.continuation is None:
         depends["max_new_tokens"] = tokens
     answer = partial(_one_by_one, questions, scorer, settings["batch_size"], tokens)
-    return Asked(name, questions, depends, answer, [harness.prompt(q, scorer.ask) for q in questions])
+    return Asked(name, known, questions, depends, answer, [harness.prompt(q, scorer.ask) for q in questions])
 
 
 def _vsearch(settings: Mapping[str, Any]) -> Asked:
@@ -294,9 +296,10 @@ def _vsearch(settings: Mapping[str, Any]) -> Asked:
 
     drawn = dict(settings["vsearch"])
     rows = load_vsearch(drawn.pop("data_dir") or None, drawn["preset"], drawn["split"], drawn["seed"])
-    examples = [decode_example(rows[k]) for k in range(min(settings["limit"] or len(rows), len(rows)))]
-    by_picture = {example.id: as_questions(example) for example in examples}
-    questions = [question for example in examples for question in by_picture[example.id]]
+    every = [decode_example(row) for row in rows]
+    by_picture = {example.id: as_questions(example) for example in every}
+    examples = every[: settings["limit"] or None]
+    known, questions = ([q for example in some for q in by_picture[example.id]] for some in (every, examples))
     scorer = BENCHMARKS["vstar"].scorers["official"]  # the losses that `ask_all` takes of all questions at once
 
     def answer(vlm: VisionLanguageModel, log: PredictionLog) -> None:
@@ -307,7 +310,7 @@ def _vsearch(settings: Mapping[str, Any]) -> Asked:
 
     title = f"vsearch {drawn['preset']}, split {drawn['split']}, {len(examples)} pictures"
     prompts = [harness.prompt(question, scorer.ask) for question in questions]
-    return Asked(title, questions, {"benchmark": "vsearch", **drawn}, answer, prompts)
+    return Asked(title, known, questions, {"benchmark": "vsearch", **drawn}, answer, prompts)
 
 
 def _shares_a_beginning(config: VLMConfig) -> bool:

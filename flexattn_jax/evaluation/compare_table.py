@@ -20,7 +20,7 @@ _TIMES = (
     ("encode, ms", lambda times: _number(times["encode"][0])),
     ("prefill, ms", lambda times: _number(times["prefill"][0])),
     ("decode, ms a token", lambda times: _number(times["decode"][0])),
-    ("memory, MB", lambda times: f"{times['memory'] / 1e6:.0f}"),
+    ("memory, MB", lambda times: _number(times["memory"] / 1e6)),
 )
 _NOTE = """\
 Accuracy in percent, the mean over models of several seeds, with a 95 % interval (of one model Wilson's; of several a
@@ -133,7 +133,8 @@ def write_csv(results: Mapping[str, Any], path: Path) -> None:
     partial.replace(path)
 
 
-# One colour and marker for each family, in the order of the table; the colours are Okabe and Ito's, told apart by all.
+# One colour and marker for each family, in the order of the table; a colour that comes again has hollow markers and
+# dashed lines. The colours are Okabe and Ito's, which the colour-blind tell apart.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 _MARKERS = "osD^vP*X<>hp"
 
@@ -142,6 +143,7 @@ def draw_chart(benchmark: Mapping[str, Any], path: Path) -> Path | None:
     """Accuracy against counted operations and against measured time; None where no system has answered."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     rows = [row for row in benchmark["systems"].values() if row["overall"] and row["overall"]["n"]]
     if not rows:
@@ -170,6 +172,9 @@ def draw_chart(benchmark: Mapping[str, Any], path: Path) -> Path | None:
                 textcoords="offset points",
             )
         axes.set(xscale="log", xlabel=label)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(axis="y", color="#EEEEEE")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("accuracy, % (95 % interval)")
@@ -188,11 +193,11 @@ def _draw_family(axes: Any, number: int, rows: Sequence[Mapping[str, Any]], acro
     rows = sorted(rows, key=across)
     x, y = [across(row) for row in rows], [100 * row["overall"]["accuracy"] for row in rows]
     reach = [[100 * abs(row["overall"]["ci95"][end] - row["overall"]["accuracy"]) for row in rows] for end in (0, 1)]
-    colour = _COLOURS[number % len(_COLOURS)]
-    axes.errorbar(
-        x, y, reach, color=colour, marker=_MARKERS[number % len(_MARKERS)], markersize=5.5, linewidth=1.1,
-        elinewidth=0.8, capsize=2, label=rows[0]["family"],
-    )  # fmt: skip
+    again, colour = number // len(_COLOURS), _COLOURS[number % len(_COLOURS)]
+    look = {"linestyle": "--", "markerfacecolor": "white"} if again else {}
+    marker = _MARKERS[number % len(_MARKERS)]
+    look |= {"color": colour, "marker": marker, "markersize": 5.5, "linewidth": 1.1, "elinewidth": 0.8, "capsize": 2}
+    axes.errorbar(x, y, reach, label=rows[0]["family"], **look)
     for row, place in zip(rows, zip(x, y, strict=True), strict=True):
         if row["size"]:
             axes.annotate(row["size"], place, xytext=(4, 4), textcoords="offset points", fontsize=6.5, color=colour)

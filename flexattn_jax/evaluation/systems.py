@@ -58,7 +58,8 @@ def _reduced(method: str, arm: str, tokens: int, of: str = "") -> dict[str, Syst
     return {name: System(title, family, arm, settings, str(tokens))}
 
 
-def _flex(name: str, title: str, size: str = "", family: str = "FlexAttention", **settings: Any) -> dict[str, System]:
+def _flex(name: str, title: str, size: str = "", **settings: Any) -> dict[str, System]:
+    family = "FlexAttention" if size or not settings else title
     return {name: System(title, family, "flex", {f"flexattention.{k}": v for k, v in settings.items()}, size)}
 
 
@@ -66,12 +67,12 @@ def _cells(count: int) -> dict[str, System]:
     return _flex(f"flex_{count}", f"FlexAttention, {count} cells a layer", f"{count} cells", capacity=count)
 
 
-# The selection is made by the paper's rule, by none, or by all rows; the weights are the trained FlexAttention's.
+# Read with the trained FlexAttention's weights.
 _SELECTORS = {
-    **_flex("flex_random", "FlexAttention, random cells in the test", "random", "selector", selector="random"),
-    **_flex("flex_center", "FlexAttention, central cells in the test", "center", "selector", selector="center"),
-    **_flex("flex_every", "FlexAttention, every cell in the test", "every", "selector", selector="all"),
-    **_flex("flex_paper", "FlexAttention, variant `paper`", "paper", "variant", variant="paper"),
+    **_flex("flex_random", "FlexAttention, random cells in the test", selector="random"),
+    **_flex("flex_center", "FlexAttention, central cells in the test", selector="center"),
+    **_flex("flex_every", "FlexAttention, every cell in the test", selector="all"),
+    **_flex("flex_paper", "FlexAttention, variant `paper`", variant="paper"),
 }
 
 _MINI_RECIPE = (
@@ -110,9 +111,9 @@ _MINI_ABLATION = {
     **_flex("flex", "FlexAttention", "8 cells"),
     **{name: system for count in (1, 2, 4, 16, 32) for name, system in _cells(count).items()},
     **_SELECTORS,
-    **_flex("flex_grid_4", "FlexAttention, 4 x 4 cells", "4 x 4", "cell grid", cell_grid=4, capacity=2),
-    **_flex("flex_from_2", "FlexAttention, first layer 2", "2", "first layer", first_layer=2),
-    **_flex("flex_from_3", "FlexAttention, first layer 3", "3", "first layer", first_layer=3),
+    **_flex("flex_grid_4", "FlexAttention, 4 x 4 cells", cell_grid=4, capacity=2),  # as many tokens
+    **_flex("flex_from_2", "FlexAttention, first layer 2", first_layer=2),
+    **_flex("flex_from_3", "FlexAttention, first layer 3", first_layer=3),
 }
 
 _IMPORT = "python -m flexattn_jax.checkpoints.import_weights --source {source} --out {{folder}}"

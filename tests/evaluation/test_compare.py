@@ -72,7 +72,50 @@ def settings(models, data_dir):
     return lambda *systems, **changes: config.to_dict() | {"systems": systems} | changes
 
 
-def test_a_table_with_what_is_missing_that_goes_on(settings, models, tmp_path, capsys):
+def check_rows(rows, workdir):
+    """The accuracies are those of the predictions on disk."""
+    for name, row in rows.items():
+        if not row["seeds"]:
+            continue
+        files = [workdir / "vsearch" / name / f"seed{seed}" / "predictions.jsonl" for seed in row["seeds"]]
+        each = [read_predictions(file) for file in files]
+        scores = np.array([[p.score for p in one] for one in each])
+        assert scores.shape == (len(row["seeds"]), PICTURES * QUESTIONS)
+        assert row["overall"]["n"] == scores.shape[1]
+        assert row["overall"]["accuracy"] == pytest.approx(scores.mean())
+        assert row["overall"]["seeds"] == pytest.approx(scores.mean(axis=1))
+        assert set(row["splits"]) == {p.split for p in each[0]}
+        low, high = row["overall"]["ci95"]
+        assert low <= row["overall"]["accuracy"] <= high
+
+
+def check_repeated(asked, workdir, results):
+    """Nothing is asked or timed again."""
+
+    def refuse(*_, **__):
+        raise AssertionError
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(compare, "load", refuse)
+        assert run_benchmark(asked, workdir) == results
+
+
+def test_a_table_without_times_that_goes_on(settings, tmp_path, capsys):
+    asked = settings("lowres", "xattn", passes=0)
+    results = run_benchmark(asked, tmp_path)
+    rows = results["benchmarks"]["vsearch"]["systems"]
+    assert (rows["lowres"]["seeds"], rows["xattn"]["seeds"]) == ([0, 1], []) and rows["lowres"]["times"] is None
+    check_rows(rows, tmp_path)
+    said = capsys.readouterr().out
+    assert "vsearch standard, split test, 2 pictures" in said and said.count("there is no model in") == 2
+    check_repeated(asked, tmp_path, results)
+    # More of the same questions go on with those that were asked.
+    more = run_benchmark(asked | {"limit": 3, "systems": ("lowres",), "seeds": (0,)}, tmp_path)
+    assert more["benchmarks"]["vsearch"]["systems"]["lowres"]["overall"]["n"] == 3 * QUESTIONS
+
+
+@pytest.mark.slow
+def test_a_table_with_what_is_missing(settings, models, tmp_path, capsys):
     asked = settings("lowres", "flex", "dense", "fastv_8", "xattn")
     results = run_benchmark(asked, tmp_path / "w")
     found = results["benchmarks"]["vsearch"]
@@ -80,19 +123,9 @@ def test_a_table_with_what_is_missing_that_goes_on(settings, models, tmp_path, c
     assert {name: row["seeds"] for name, row in rows.items()} == {
         **{"lowres": [0, 1], "flex": [0, 1], "dense": [0], "fastv_8": [0, 1], "xattn": []}
     }
-    for name, row in rows.items():
-        if not row["seeds"]:
-            continue
-        files = [tmp_path / "w" / "vsearch" / name / f"seed{seed}" / "predictions.jsonl" for seed in row["seeds"]]
-        each = [read_predictions(file) for file in files]
-        scores = np.array([[p.score for p in one] for one in each])
-        assert scores.shape == (len(row["seeds"]), PICTURES * QUESTIONS) and row["overall"]["n"] == scores.shape[1]
-        assert row["overall"]["accuracy"] == pytest.approx(scores.mean())
-        assert row["overall"]["seeds"] == pytest.approx(scores.mean(axis=1))
-        assert set(row["splits"]) == {p.split for p in each[0]}
-        low, high = row["overall"]["ci95"]
-        assert low <= row["overall"]["accuracy"] <= high
-        for part in ("encode", "prefill", "decode"):
+    check_rows(rows, tmp_path / "w")
+    for row in rows.values():
+        for part in ("encode", "prefill", "decode") if row["seeds"] else ():
             middle, least, most = row["times"][part]
             assert 0 < least <= middle <= most
     assert [rows[name]["costs"]["tokens_read"] for name in ("lowres", "dense")] == [16, 16 + 144]
@@ -123,16 +156,10 @@ def test_a_table_with_what_is_missing_that_goes_on(settings, models, tmp_path, c
     stored = json.loads((tmp_path / "w" / "results.json").read_text())
     assert stored["benchmarks"]["vsearch"] == json.loads(json.dumps(found))
 
-    # Nothing is asked or timed again; a model that was made meanwhile is.
-    def refuse(*_, **__):
-        raise AssertionError
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(compare, "load", refuse)
-        same = run_benchmark(asked, tmp_path / "w")
-    assert same == results
+    check_repeated(asked, tmp_path / "w", results)
 
 
+@pytest.mark.slow
 def test_several_questions_at_once_and_one_by_one_are_the_same_answers(settings, tmp_path, monkeypatch):
     """Models that cannot be asked in one pass behind the picture's prefix are asked in another way."""
     at_once = run_benchmark(settings("lowres", passes=0, seeds=(0,)), tmp_path / "at_once")
