@@ -6,7 +6,8 @@ python train.py --config=configs/train_mini.py:lowres   --workdir=runs/mini/lowr
 python train.py --config=configs/train_mini.py:flex     --workdir=runs/mini/flex        FlexAttention, from there
     --config.start.checkpoint=runs/mini/lowres/model
 
-In place of flex: `twin` (low resolution goes on alone), `all` (every cell is read), `random` (random cells are).
+In place of flex: `twin` (low resolution goes on alone), `all` (every cell is read), `random` (random cells are), and
+other ways to read a picture (docs/systems.md): `dense` (LLaVA-1.5-HD), `xattn` (LLaVA-XAttn), `vistog` (16 tokens).
 """
 
 from ml_collections import config_dict
@@ -14,6 +15,9 @@ from ml_collections import config_dict
 ARMS = {
     "lowres": {"enabled": False},
     "twin": {"enabled": False},
+    "dense": {"enabled": False},
+    "xattn": {"enabled": False},
+    "vistog": {"enabled": False},
     "flex": {},
     "all": {"selector": "all"},
     "random": {"selector": "random"},
@@ -76,6 +80,7 @@ def get_config(arg: str = "flex") -> config_dict.ConfigDict:
     config.export = "last"
     config.export_dtype = "float32"
     config.model = config_dict.ConfigDict({"flexattention": {} if tower else dict(ARMS[arg])})
+    _read_otherwise(config, arg)
     config.loop = config_dict.ConfigDict(
         {
             "log_every": 50,
@@ -90,3 +95,15 @@ def get_config(arg: str = "flex") -> config_dict.ConfigDict:
         }
     )
     return config
+
+
+def _read_otherwise(config: config_dict.ConfigDict, arg: str) -> None:
+    """Settings of the arms that are not FlexAttention; the tower reads whole pictures, so that there is one tile."""
+    if arg == "dense":
+        config.model.dense = {"tiles": 1}
+    elif arg == "xattn":
+        config.model.crossattention = {"tiles": 1, "width": 96, "num_heads": 4, "source": "connector"}
+        config.optimizer.trainable += ",highres"
+    elif arg == "vistog":
+        config.model.grouping = {"groups": 16}
+        config.optimizer.trainable += ",grouping"

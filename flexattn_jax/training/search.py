@@ -30,7 +30,7 @@ class SearchSource:
         """
         self._rows, self._config = rows, config
         self._texts = [pack_questions(tokenizer, decode_example(row).questions) for row in rows]
-        slots = config.num_lowres_tokens
+        slots = config.num_slots
         self.lengths = Lengths(
             np.array([_positions(segments, slots) for _, segments, _ in self._texts], np.int32),
             np.array([learned.sum() for _, _, learned in self._texts], np.int32),

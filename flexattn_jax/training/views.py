@@ -16,7 +16,7 @@ import numpy as np
 from rich.progress import track
 
 from flexattn_jax.checkpoints.trees import flatten
-from flexattn_jax.config import ConfigError, VLMConfig
+from flexattn_jax.config import ConfigError, VisionConfig, VLMConfig
 from flexattn_jax.inputs.images import ImageError
 from flexattn_jax.models.vision import Views
 from flexattn_jax.models.vlm import VLM
@@ -158,7 +158,9 @@ def _room(file: Path, shape: tuple[int, ...]) -> np.memmap:
 
 def _digest(config: VLMConfig, vision_params: dict) -> str:
     settings = config.vision, config.lowres_size, config.image_size, config.image_mean, config.image_std, config.dtype
-    if config.dense or config.crossattention or config.reduction:  # the others cut their pictures in one way
+    # The others cut their pictures in one way; a tower that reads the whole picture sees the same of it in all.
+    tiled = (config.dense or config.crossattention) and isinstance(config.vision, VisionConfig)
+    if tiled or config.reduction:
         settings = *settings, config.tiles, config.reduction
     digest = hashlib.sha256(repr(settings).encode())
     for path, leaf in sorted(flatten(vision_params).items()):

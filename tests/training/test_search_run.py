@@ -13,6 +13,7 @@ import flexattn_jax
 from flexattn_jax.checkpoints.store import load_config, load_params, save_model
 from flexattn_jax.checkpoints.trees import flatten, stack_layers
 from flexattn_jax.config import dotted, override
+from flexattn_jax.evaluation.search import ask_all
 from flexattn_jax.inputs.datasets.vsearch import decode_example, load_vsearch
 from flexattn_jax.inputs.datasets.vsearch_examples import PRESETS
 from flexattn_jax.inputs.word_tokenizer import write_word_tokenizer
@@ -108,6 +109,23 @@ def checkpoint(tmp_path_factory):
         config = override(mini_config(), changes)
         save_model(folder / name, config, draw_params(config, 0), like=folder / "words")
     return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arm", "slots", "new"),
+    [("dense", 16 + 144, ()), ("xattn", 16, ("cross_attn", "highres")), ("vistog", 16, ("grouping",))],
+)
+def test_other_ways_to_read_a_picture_are_trained_from_the_same_start(arm, slots, new, checkpoint, tmp_path):
+    folder = run_task(settings(arm, tmp_path / "data", checkpoint / "whole"), tmp_path / arm)
+    config, learned = load_config(folder), flatten(load_params(folder))
+    assert config.num_slots == slots and not config.reads_highres
+    assert steps(tmp_path / arm)[-1]["loss"] < steps(tmp_path / arm)[0]["loss"]
+    drawn = {path for path in learned if any(part in path for part in new)}
+    assert bool(drawn) == bool(new) and all(np.abs(learned[path]).max() > 0 for path in drawn)
+    example = decode_example(load_vsearch(tmp_path / "data", "standard", "validation")[0])
+    (answers,) = ask_all(flexattn_jax.load(folder), [example])
+    assert np.isfinite([answer.losses for answer in answers if len(answer.losses) == 4]).all()
 
 
 MISTAKES = {
