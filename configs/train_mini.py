@@ -1,8 +1,10 @@
 """The small model that learns visual search on two CPU cores (docs/mini.md), stage by stage.
 
 python train.py --config=configs/train_mini.py:tower    --workdir=runs/mini/tower       the tower, from nothing
-python train.py --config=configs/train_mini.py:lowres   --workdir=runs/mini/lowres      LLaVA-1.5: low resolution alone
+python train.py --config=configs/train_mini.py:captions --workdir=runs/mini/captions    connector and decoder: captions
     --config.start.checkpoint=runs/mini/tower/model
+python train.py --config=configs/train_mini.py:lowres   --workdir=runs/mini/lowres      LLaVA-1.5: low resolution alone
+    --config.start.checkpoint=runs/mini/captions/model
 python train.py --config=configs/train_mini.py:flex     --workdir=runs/mini/flex        FlexAttention, from there
     --config.start.checkpoint=runs/mini/lowres/model
 
@@ -12,7 +14,8 @@ other ways to read a picture (docs/systems.md): `dense` (LLaVA-1.5-HD), `xattn` 
 
 from ml_collections import config_dict
 
-ARMS = {
+ARMS = {  # what is read at high resolution
+    "captions": {"enabled": False},
     "lowres": {"enabled": False},
     "twin": {"enabled": False},
     "dense": {"enabled": False},
@@ -22,6 +25,27 @@ ARMS = {
     "all": {"selector": "all"},
     "random": {"selector": "random"},
 }
+
+# What each stage learns from. Search is learned first where it is easy: from objects that low resolution shows, and
+# from captions, in which an object's colour follows its name, so that one look into the picture tells it.
+QUESTIONS = {"presets": ("standard", "crowded"), "text_lengths": (172,), "answer_rows": (80,)}
+DATA = {
+    "tower": QUESTIONS | {"pictures": 6000},
+    "captions": {
+        "presets": ("large",),
+        "questions": False,
+        "captions": 6,
+        "text_lengths": (88,),
+        "answer_rows": (18,),
+    },
+    "lowres": {
+        "presets": ("large", "standard", "crowded"),
+        "captions": 2,
+        "text_lengths": (200,),
+        "answer_rows": (86,),
+    },
+}
+EPOCHS = {"tower": 3.0, "captions": 1.6}
 
 
 def get_config(arg: str = "flex") -> config_dict.ConfigDict:
@@ -38,32 +62,33 @@ def get_config(arg: str = "flex") -> config_dict.ConfigDict:
             "vision_tower": "",
             "preset": "mini" if tower else "",
             "tokenizer": "",  # tower: vsearch's words
-            "redraw": "connector,decoder" if arg == "lowres" else "",
+            "draw_by_width": True,  # from the N(0, 0.02) of large models it learns nothing for a thousand steps
+            "redraw": "connector,decoder" if arg == "captions" else "",
             # What low resolution is searched for by then, high resolution is searched for from the start.
-            "copy_projections": not (tower or arg == "lowres"),
+            "copy_projections": arg not in ("tower", "captions", "lowres"),
             "read_highres": True,
             "dtype": config_dict.placeholder(str),
         }
     )
     config.data = config_dict.ConfigDict(
         {
-            "presets": ("standard", "crowded"),
-            "pictures": 6000 if tower else 4000,
+            "pictures": 4000,
+            "questions": True,
+            "captions": 0,
             "seed": 0,
             "data_dir": "",
             "keep_views": True,
-            "text_lengths": (292,),
-            "answer_rows": (128,),
             "eval_samples": 128,
             "window": 1,
         }
+        | DATA.get(arg, QUESTIONS)
     )
     config.tower = config_dict.ConfigDict({"crops": 3, "crop_side": 96})
     config.optimizer = config_dict.ConfigDict(
         {
             "trainable": "vision,probe" if tower else "connector,decoder",
             "learning_rate": 2e-3 if tower else 1.5e-3,
-            "schedule": "cosine",
+            "schedule": "constant" if arg == "captions" else "cosine",
             "warmup_share": 0.05,
             "b1": 0.9,
             "b2": 0.98,
@@ -75,7 +100,7 @@ def get_config(arg: str = "flex") -> config_dict.ConfigDict:
     )
     config.batch_size = 16
     config.accumulation = 1
-    config.epochs = 3.0 if tower else 1.5
+    config.epochs = EPOCHS.get(arg, 1.0)
     config.seed = 0
     config.export = "last"
     config.export_dtype = "float32"

@@ -21,6 +21,7 @@ from flexattn_jax.inputs.batching import Batch, OptionBatch
 from flexattn_jax.models.flops import connector_flops, decoder_flops, step_flops, tower_flops
 from flexattn_jax.models.vlm import VLM, Memory
 from flexattn_jax.ops.attention import attend
+from flexattn_jax.ops.cache import new_cache
 from flexattn_jax.ops.selection import cell_tokens
 from flexattn_jax.training.data import TrainBatch
 from flexattn_jax.training.optimizer import OptimizerConfig, build_optimizer
@@ -69,6 +70,8 @@ def build(case: Case, devices: list[Any]) -> Program:
 def _prefill(case: Case, config: VLMConfig, devices: list[Any]) -> Program:
     mesh = placement.infer_mesh(devices, config.decoder.num_kv_heads)
     prefill, batch, length = _prefill_function(case, config)
+    # Not by the shapes of a prefill, as `_decode` has them: tracing is part of what is measured.
+    cache = placement.place_cache(jax.eval_shape(lambda: new_cache(config, case.batch, length + ROOM, True)), mesh)
     cells, reading = _cells_of_a_row(config), _reading_layers(config)
     flops = case.batch * (
         tower_flops(config)
@@ -79,7 +82,7 @@ def _prefill(case: Case, config: VLMConfig, devices: list[Any]) -> Program:
     return _with_cells(
         config,
         Program(
-            jax.jit(prefill, out_shardings=(None, _shardings(_memory(case, config, mesh)))),
+            jax.jit(prefill, out_shardings=(None, Memory(_shardings(cache), lengths=None, picture=None))),
             (_weights(config, mesh), placement.place_batch(batch, mesh, case.batch)),
             flops,
         ),

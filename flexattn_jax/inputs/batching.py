@@ -88,7 +88,7 @@ class Buckets:
 
     text_lengths: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)  # without the picture's slots
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
-    block_lengths: tuple[int, ...] = (8, 16, 24, 32, 64, 128, 256)  # n, of texts that share a beginning
+    block_lengths: tuple[int, ...] = (8, 14, 16, 24, 32, 64, 128, 256)  # n, of texts that share a beginning
     option_lengths: tuple[int, ...] = (8, 32, 128, 256)  # To
     option_counts: tuple[int, ...] = (4, 8, 32)  # O
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from flexattn_jax.inputs.datasets.vsearch_examples import SIDES, ask_colour, ask_side
+from flexattn_jax.inputs.datasets.vsearch_examples import SIDES, ask_colour, ask_side, caption
 from flexattn_jax.inputs.datasets.vsearch_scenes import CLASSES, COLOURS, PlacedObject
 from flexattn_jax.inputs.prompts import END_OF_ANSWER, LETTER_ANSWER, SHORT_ANSWER, SYSTEM, build_prompt
 
@@ -19,13 +20,13 @@ SPECIAL = ("<unk>", "<s>", END_OF_ANSWER)  # ids 0, 1 and 2, LLaMA's
 def write_word_tokenizer(folder: str | Path) -> int:
     """Writes tokenizer.json and tokenizer_config.json for vsearch's words.
 
-    The sentences that are always the same (the system prompt, LLaVA's demands on the form of an answer) are one token
-    each, so that a small model does not spend its time on them.
+    What is always the same (the system prompt, LLaVA's demands on the form of an answer, the words between the names in
+    a question or an option) is one token each, so that a small model does not spend its time on it.
 
     Returns:
         the number of tokens.
     """
-    whole = [SYSTEM, SHORT_ANSWER.strip(), LETTER_ANSWER.strip()]
+    whole = [SYSTEM, SHORT_ANSWER.strip(), LETTER_ANSWER.strip(), "ASSISTANT:", *_phrases()]
     vocabulary = {word: index for index, word in enumerate([*SPECIAL, *whole, *_words()])}
     tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -42,11 +43,23 @@ def write_word_tokenizer(folder: str | Path) -> int:
 
 def _words() -> list[str]:
     """Every word that a prompt, a question or an option of vsearch holds, and the letters of lettered options."""
-    places = (0, 0, 1, 1), (9, 0, 1, 1)
     texts = [build_prompt("", with_image=False).removeprefix(SYSTEM), "A . B . C . D . E . F"]
     for name, other in itertools.pairwise(CLASSES):
-        objects = [PlacedObject(n, next(iter(COLOURS)), box, "") for n, box in zip((name, other), places, strict=True)]
-        for asked in (ask_colour(objects, 0, list(COLOURS)), ask_side(objects, 0, 1, SIDES)):
-            texts += [asked.question, *asked.options]
+        texts += _texts(name, other)
     split = pre_tokenizers.Whitespace().pre_tokenize_str
     return sorted({word for text in texts for word, _ in split(text)})
+
+
+def _phrases() -> list[str]:
+    """What stands between the names of objects, colours and sides, where it is several words."""
+    varying = re.compile(rf"\b(?:{'|'.join([*CLASSES[:2], *COLOURS])})\b|(?<=on the )(?:{'|'.join(SIDES)})(?= side)")
+    parts = {part.strip() for text in _texts(*CLASSES[:2]) for part in varying.split(text)}
+    return sorted(part for part in parts if " " in part)
+
+
+def _texts(name: str, other: str) -> list[str]:
+    """Every question that can be asked of two objects, and its options."""
+    places = (0, 0, 1, 1), (9, 0, 1, 1)
+    objects = [PlacedObject(n, next(iter(COLOURS)), box, "") for n, box in zip((name, other), places, strict=True)]
+    asked = ask_colour(objects, 0, list(COLOURS)), ask_side(objects, 0, 1, SIDES)
+    return [text for each in asked for text in (each.question, *each.options)] + list(caption(objects))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,24 +13,39 @@ from flexattn_jax.config import IMAGE_PLACEHOLDER, VLMConfig
 from flexattn_jax.inputs.batching import Buckets, Sample
 from flexattn_jax.inputs.conversations import Turn, tokenize_conversation
 from flexattn_jax.inputs.datasets.vsearch import decode_example
-from flexattn_jax.inputs.datasets.vsearch_examples import VisualQuestion
+from flexattn_jax.inputs.datasets.vsearch_examples import Example, caption
+from flexattn_jax.inputs.datasets.vsearch_scenes import COLOURS
 from flexattn_jax.inputs.images import preprocess
 from flexattn_jax.inputs.prompts import IMAGE_TAG
 from flexattn_jax.inputs.tokenizer import Tokenizer
 from flexattn_jax.training.data import Lengths, TrainBatch, TrainSample, collate
 
+_NAMED = 3  # objects in a caption
+
 
 class SearchSource:
     """A vsearch split; a sample is a picture with all its questions, answered in a sentence (V* Bench's options)."""
 
-    def __init__(self, rows: Sequence[Any], tokenizer: Tokenizer, config: VLMConfig, digest: str):
+    def __init__(
+        self,
+        rows: Sequence[Any],
+        tokenizer: Tokenizer,
+        config: VLMConfig,
+        digest: str,
+        captions: int = 0,
+        questions: bool = True,
+    ):
         """
         Args:
           rows: of `load_vsearch`.
           digest: a name for their content.
+          captions: of each picture, beside its questions. Their loss is taken on colours alone: nothing tells which
+            objects are named, and in which order.
+          questions: whether the data set's are learned.
         """
         self._rows, self._config = rows, config
-        self._texts = [pack_questions(tokenizer, decode_example(row).questions) for row in rows]
+        colours = [index for colour in COLOURS for index in tokenizer.encode(colour)]
+        self._texts = [_pack(tokenizer, decode_example(row), captions, questions, colours) for row in rows]
         slots = config.num_slots
         self.lengths = Lengths(
             np.array([_positions(segments, slots) for _, segments, _ in self._texts], np.int32),
@@ -66,19 +82,30 @@ def _positions(segments: np.ndarray, slots: int) -> int:
     return int(beginning) + slots - 1 + len(texts) * Buckets().block_length(int(max(texts, default=1)))
 
 
-def pack_questions(
-    tokenizer: Tokenizer, questions: Sequence[VisualQuestion]
+def _pack(
+    tokenizer: Tokenizer, example: Example, captions: int, questions: bool, colours: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The conversations about one picture, a question each, behind their common beginning.
+    """Questions with their answers, and captions, drawn by the picture's name, as `pack_turns` gives them."""
+    asked = example.questions if questions else ()
+    texts = [(q.question, q.options[q.answer]) for q in asked]
+    rng = np.random.default_rng(zlib.crc32(example.id.encode()))
+    for _ in range(captions):
+        named = rng.permutation(len(example.objects))[:_NAMED]
+        texts.append(caption([example.objects[k] for k in named]))
+    ids, segments, learned = pack_turns(tokenizer, [Turn(f"{IMAGE_TAG}\n{demand}", answer) for demand, answer in texts])
+    return ids, segments, learned & ((segments <= len(asked)) | np.isin(ids, colours))
+
+
+def pack_turns(tokenizer: Tokenizer, turns: Sequence[Turn]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The conversations about one picture, a turn each, behind their common beginning.
 
     Returns:
       ids (n,) int32 with IMAGE_PLACEHOLDER once; segments (n,) int32, see Sample.segments; and (n,) bool, True on
       answers. Cut after the beginning, every segment is the rest of the conversation that `tokenize_conversation`
-      makes of its question alone.
+      makes of its turn alone.
     """
     ids, segments, learned = [], [], []
-    for number, asked in enumerate(questions, start=1):
-        turn = Turn(f"{IMAGE_TAG}\n{asked.question}", asked.options[asked.answer])
+    for number, turn in enumerate(turns, start=1):
         own, own_learned = tokenize_conversation(tokenizer, (turn,))
         cut = int(np.flatnonzero(own == IMAGE_PLACEHOLDER)[0]) + 1
         if not ids:

@@ -27,6 +27,8 @@ class SearchData:
 
     presets: tuple[str, ...] = ("standard", "crowded")  # of vsearch
     pictures: int = 8000  # of each, of the split `train`
+    questions: bool = True  # the data set's
+    captions: int = 0  # of a picture, beside its questions; stage "answers"
     seed: int = 0
     data_dir: str = ""  # where they are drawn to; "": the user's data folder
     keep_views: bool = True  # see every picture once and keep what the frozen tower saw; stage "answers"
@@ -35,6 +37,8 @@ class SearchData:
         unknown = [name for name in self.presets if name not in PRESETS]
         if unknown or not self.presets or len(set(self.presets)) != len(self.presets):
             raise ConfigError(f"data.presets is {self.presets}; name some of {', '.join(PRESETS)}, each once")
+        if self.captions < (not self.questions):
+            raise ConfigError(f"data.captions is {self.captions}; it must be at least 1 where no question is learned")
 
 
 def run_search(settings: Mapping[str, Any], workdir: str | Path) -> Path:
@@ -62,10 +66,10 @@ def run_search(settings: Mapping[str, Any], workdir: str | Path) -> Path:
                     most = max(PRESETS[preset].num_objects[1] for preset in own.presets)
                     sources.append(TowerSource(rows, start.config, most, digest))
                 else:
-                    sources.append(SearchSource(rows, tokenizer, start.config, digest))
-        if stage == "answers" and own.keep_views:
-            params = start.params()["vision"]
-            train = [keep_views(source, start.config, params, folder / "views") for source in train]
+                    source = SearchSource(rows, tokenizer, start.config, digest, own.captions, own.questions)
+                    if sources is train and own.keep_views:
+                        source = keep_views(source, digest, start.config, start.params()["vision"], folder / "views")
+                    sources.append(source)
         return Data(joined(train), joined(held_out))
 
     def make_task(model: VLM) -> Task:
@@ -84,7 +88,7 @@ def _check_start(stage: str, start: Mapping[str, Any]) -> None:
     if stage == "tower" or (Path(checkpoint).exists() if checkpoint else start["preset"]):
         return
     missing = f"{checkpoint} does not exist" if checkpoint else "--config.start.checkpoint is not given"
-    before = "tower" if start["redraw"] else "lowres"
+    before = "tower" if start["redraw"] else "lowres" if start["copy_projections"] else "captions"
     raise ConfigError(
         f"{missing}; this stage begins with DIR/model of `python train.py --config=configs/train_mini.py:{before} "
         "--workdir=DIR`"

@@ -28,6 +28,7 @@ class StartConfig:
     vision_tower: str = ""  # folder of the tower where published safetensors do not hold it
     preset: str = ""  # without a checkpoint: the configuration, see config.preset
     tokenizer: str = ""  # folder of the tokeniser; "": the checkpoint's
+    draw_by_width: bool = False  # what is drawn suits a small width, see draw_params
     redraw: str = ""  # parameters that begin anew although the checkpoint has them: beginnings of paths, by comma
     copy_projections: bool = False  # high-resolution keys and values begin with the weights of low resolution's
     read_highres: bool = True  # FlexAttention on; a LLaVA-1.5 checkpoint gets projections drawn by the seed
@@ -68,7 +69,9 @@ def open_start(start: StartConfig, overrides: Mapping[str, Any], seed: int) -> S
                 "--config.start.preset and --config.start.tokenizer"
             )
         config = _configure(preset(start.preset), start, overrides)
-        return Start(config, Path(start.tokenizer), lambda: _arranged(draw_params(config, seed), config))
+        return Start(
+            config, Path(start.tokenizer), lambda: _arranged(draw_params(config, seed, start.draw_by_width), config)
+        )
     opened = open_checkpoint(start.checkpoint, start.vision_tower or None)
     if start.read_highres and opened.config.flexattention is None:
         if not isinstance(opened, SourceCheckpoint):
@@ -90,7 +93,7 @@ def open_start(start: StartConfig, overrides: Mapping[str, Any], seed: int) -> S
     def read() -> dict[str, Any]:
         flat = flatten(opened.params(config=stacked, dtype="float32"))
         if redrawn:
-            flat |= flatten(draw_params(config, seed, redrawn))
+            flat |= flatten(draw_params(config, seed, start.draw_by_width, redrawn))
         if start.copy_projections:
             flat |= {path: flat[path.replace("_proj_hd", "_proj")] for path in flat if "_proj_hd" in path}
         return _arranged(nest(flat), config)

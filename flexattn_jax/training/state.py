@@ -69,21 +69,43 @@ def create_state(params: dict, config: OptimizerConfig, optimizer: Optimizer, se
     )
 
 
-def draw_params(config: VLMConfig, seed: int, only: Container[str] | None = None) -> dict[str, Any]:
+def draw_params(
+    config: VLMConfig, seed: int, by_width: bool = False, only: Container[str] | None = None
+) -> dict[str, Any]:
     """Random float32 numpy parameters, stacked over layers: N(0, 0.02), norms 1, biases 0, and 0 what begins so.
 
     A leaf depends on the seed and its own path, not on the other leaves nor on the device.
 
     Args:
+      by_width: in place of 0.02, which suits widths of thousands: connector and decoder's kernels have the variance
+        1 / inputs, the MLPs' last ones 1 / (2 layers) of that, and the embedding has the deviation 0.3. At width 96
+        what attention brings then stands out from what MLPs that know nothing yet add to it.
       only: paths of the leaves to draw; None: all.
     """
     shapes = layouts.leaf_shapes(config)
-    return nest({path: _draw(path, shapes[path], seed) for path in shapes if only is None or path in only})
+    return nest(
+        {
+            path: _draw(
+                path, shapes[path], seed, _deviation(path, shapes[path], config) if by_width else INIT_DEVIATION
+            )
+            for path in shapes
+            if only is None or path in only
+        }
+    )
 
 
-def _draw(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+def _deviation(path: str, shape: tuple[int, ...], config: VLMConfig) -> float:
+    if path == "decoder/embedding":
+        return 0.3
+    if not path.endswith("/kernel") or not path.startswith(("connector/", "decoder/")):
+        return INIT_DEVIATION
+    quiet = path.endswith("/down_proj/kernel")
+    return (shape[-1] * (2 * config.decoder.num_layers if quiet else 1)) ** -0.5
+
+
+def _draw(path: str, shape: tuple[int, ...], seed: int, deviation: float) -> np.ndarray:
     name = path.rsplit("/", 1)[-1]
     if name in ("scale", "bias") or layouts.begins_at_zero(path):
         return np.full(shape, float(name == "scale"), np.float32)
     rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
-    return np.float32(INIT_DEVIATION) * rng.standard_normal(shape, np.float32)
+    return np.float32(deviation) * rng.standard_normal(shape, np.float32)

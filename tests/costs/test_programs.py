@@ -10,7 +10,7 @@ import pathlib
 import jax
 import pytest
 
-from flexattn_jax.costs import stablehlo
+from flexattn_jax.costs import programs, stablehlo
 from flexattn_jax.costs.cases import Case, model_config
 from flexattn_jax.costs.programs import build
 
@@ -104,7 +104,10 @@ def test_training_keeps_its_samples_split_over_the_devices():
     assert counted(small("lowres", "prefill"))[0].constraints == 0  # the split of heads is the parameters'
 
 
-@pytest.mark.parametrize("system", ["dense", "cogagent", "xattn", "fastv:4", "pyramiddrop:2", "visionzip:4", "tome:4"])
+SLOW = [pytest.param(system, marks=pytest.mark.slow) for system in ("xattn", "pyramiddrop:2", "tome:4", "random:4")]
+
+
+@pytest.mark.parametrize("system", ["dense", "cogagent", "fastv:4", "visionzip:4", *SLOW])
 def test_every_way_to_read_a_picture_has_its_programs(system):
     assert counted(small(system, "decode"))[0].operations > counted(small("lowres", "decode"))[0].operations / 2
 
@@ -115,3 +118,12 @@ def test_every_way_to_read_a_picture_has_its_programs(system):
 def test_their_flops_at_full_size_are_those_counted_from_shapes(system, program):
     found, analytic = counted(Case(system, program, "cpu", text=1472 if program == "train" else 64))
     assert found.flops == pytest.approx(analytic, rel=0.03)
+
+
+def test_nothing_is_traced_before_the_clock_runs(monkeypatch):
+    def traced(*_, **__):
+        raise AssertionError("the model was traced while its program was put together")
+
+    monkeypatch.setattr(programs.VLM, "apply", traced)
+    for program in ("prefill", "score", "train"):
+        build(small("flex:2", program), jax.devices("cpu")[:1])

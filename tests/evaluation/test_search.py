@@ -30,26 +30,42 @@ def examples():
     return draw(3, "test")
 
 
-@pytest.fixture(scope="module")
-def vlm(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("words")
+def make_vlm(folder, changes=None):
     write_word_tokenizer(folder)
-    config = mini_config()
+    config = mini_config(changes)
     return VisionLanguageModel(config, random_params(config, seed=3), load_tokenizer(folder), BUCKETS)
 
 
 @pytest.fixture(scope="module")
-def answers(vlm, examples):
-    """By picture; three pictures in batches of two, so that the last batch is not full."""
-    batches = list(ask_all(vlm, examples, batch_size=2))
+def shallow(tmp_path_factory):
+    """For quick compiles; its first layer selects and its second reads."""
+    changes = {"flexattention.first_layer": 0, "decoder.num_layers": 2}
+    return make_vlm(tmp_path_factory.mktemp("words"), changes)
+
+
+@pytest.fixture(scope="module")
+def vlm(tmp_path_factory):
+    """Its selection depends on the question: a layer reads the text before one selects."""
+    return make_vlm(tmp_path_factory.mktemp("words"))
+
+
+def ask(vlm, examples, swap=None):
+    """Answers by picture; three pictures in batches of two, so that the last batch is not full."""
+    batches = list(ask_all(vlm, examples, swap, batch_size=2))
     assert [len(batch) for batch in batches] == [2 * QUESTIONS, QUESTIONS]
     flat = [answer for batch in batches for answer in batch]
     return [flat[first : first + QUESTIONS] for first in range(0, len(flat), QUESTIONS)]
 
 
-def test_losses_are_those_of_scoring_each_question_alone(vlm, examples, answers):
+@pytest.fixture(scope="module")
+def answers(vlm, examples):
+    return ask(vlm, examples)
+
+
+def test_losses_are_those_of_scoring_each_question_alone(shallow, examples):
+    answers = ask(shallow, examples)
     for example, found in zip(examples, answers, strict=True):
-        expected = vlm.score(
+        expected = shallow.score(
             [example.image] * QUESTIONS,
             [q.question for q in example.questions],
             [q.options for q in example.questions],
@@ -81,6 +97,7 @@ def alone(vlm, example):
     return collate(samples, vlm.config, vlm.config.num_lowres_tokens + 48, 16)
 
 
+@pytest.mark.slow
 def test_cells_and_hits_are_those_of_the_questions_alone(vlm, examples, answers):
     def cells_read(params, batch):
         return VLM(vlm.config).apply({"params": params}, batch.batch, None, batch.readers)[1]["cells"][:-1]
@@ -117,7 +134,7 @@ def test_an_object_lies_in_the_same_cell_however_large_the_picture_is_shown(exam
 
 @pytest.fixture(scope="module")
 def swapped(vlm, examples):
-    return {swap: [a for batch in ask_all(vlm, examples, swap, batch_size=2) for a in batch] for swap in SWAPS}
+    return {swap: [answer for found in ask(vlm, examples, swap) for answer in found] for swap in SWAPS}
 
 
 @pytest.mark.slow

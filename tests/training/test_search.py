@@ -14,7 +14,7 @@ from flexattn_jax.inputs.tokenizer import load_tokenizer
 from flexattn_jax.inputs.word_tokenizer import write_word_tokenizer
 from flexattn_jax.training.data import BatchPlan, BatchSource
 from flexattn_jax.training.loss import IGNORED
-from flexattn_jax.training.search import SearchSource, pack_questions
+from flexattn_jax.training.search import SearchSource, pack_turns
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +37,12 @@ def source(rows, words):
 def test_cut_after_the_beginning_every_segment_is_a_conversation(rows, words):
     for k in range(len(rows)):
         questions = decode_example(rows[k]).questions
-        ids, segments, learned = pack_questions(words, questions)
+        turns = [Turn(f"{IMAGE_TAG}\n{asked.question}", asked.options[asked.answer]) for asked in questions]
+        ids, segments, learned = pack_turns(words, turns)
         assert ids[segments == 0][-1] == IMAGE_PLACEHOLDER and not learned[segments == 0].any()
         assert segments.max() == len(questions) == 5 and (np.diff(segments) >= 0).all()
-        for number, asked in enumerate(questions, start=1):
+        for number, turn in enumerate(turns, start=1):
             mine = np.isin(segments, (0, number))
-            turn = Turn(f"{IMAGE_TAG}\n{asked.question}", asked.options[asked.answer])
             expected, expected_learned = tokenize_conversation(words, (turn,))
             np.testing.assert_array_equal(ids[mine], expected)
             np.testing.assert_array_equal(learned[mine], expected_learned)
@@ -61,6 +61,32 @@ def test_samples_are_pictures_with_all_their_questions(source, rows, words):
     assert source.digest == SearchSource(rows, words, config, "six pictures").digest
     assert source.digest != SearchSource(rows, words, config, "six others").digest
     assert source.digest != SearchSource([rows[k] for k in range(3)], words, config, "six pictures").digest
+
+
+def test_captions_name_what_is_there_and_only_colours_are_learned(rows, words):
+    config = mini_config()
+    both, alone = (SearchSource(rows, words, config, "six", captions=2, questions=kept) for kept in (True, False))
+    plain = SearchSource(rows, words, config, "six")
+    assert len({both.digest, alone.digest, plain.digest}) == 3
+    told = set()
+    for k in range(len(rows)):
+        example = decode_example(rows[k])
+        objects = {placed.name: placed.colour for placed in example.objects}
+        (sample, learned), (before, before_learned) = both.text(k), plain.text(k)
+        count = len(example.questions)
+        asked = sample.segments <= count
+        np.testing.assert_array_equal(sample.ids[asked], before.ids)
+        np.testing.assert_array_equal(learned[asked], before_learned)
+        assert sample.segments.max() == count + 2 and alone.text(k).sample.segments.max() == 2
+        np.testing.assert_array_equal(alone.text(k).sample.ids[-len(sample.ids[~asked]) :], sample.ids[~asked])
+        for number in (count + 1, count + 2):
+            mine = sample.segments == number
+            answer = words.decode(sample.ids[mine][:-1]).split("ASSISTANT: ")[1]
+            named = dict(part.split() for part in answer.removesuffix(".").split(", "))
+            assert len(named) == 3 and named.items() <= objects.items()
+            assert [words.decode([index]) for index in sample.ids[mine & learned]] == list(named.values())
+            told.add(answer)
+    assert len(told) > len(rows)  # a picture has captions of its own, and they differ
 
 
 def test_a_batch_reads_high_resolution_before_every_answer_token(source):

@@ -30,7 +30,7 @@ FILE.loader.exec_module(train_mini)
 @pytest.fixture(autouse=True)
 def small_presets(monkeypatch):
     """vsearch in 96 pixels; validation has as many pictures as a preset says, and so few here."""
-    for name in ("standard", "crowded"):
+    for name in ("large", "standard", "crowded"):
         monkeypatch.setitem(PRESETS, name, search_config(name, preset=name, pictures=(8, 3, 4, 1)))
 
 
@@ -60,7 +60,8 @@ def steps(workdir):
 
 @pytest.mark.slow
 def test_stage_by_stage_a_model_comes_about_that_answers(tmp_path, capsys):
-    data, before = tmp_path / "data", {"tower": None, "lowres": "tower", "flex": "lowres", "random": "lowres"}
+    data, before = tmp_path / "data", {"tower": None, "captions": "tower"}
+    before |= {"lowres": "captions", "flex": "lowres", "random": "lowres"}
     workdirs, models = {name: tmp_path / name for name in before}, {}
     for arg, stage_before in before.items():
         checkpoint = workdirs[stage_before] / "model" if stage_before else ""
@@ -71,9 +72,9 @@ def test_stage_by_stage_a_model_comes_about_that_answers(tmp_path, capsys):
         assert [entry["step"] for entry in steps(workdirs[arg])] == list(range(1, 9))
         assert all(np.isfinite(entry["loss"]) for entry in steps(workdirs[arg]))
         said = capsys.readouterr()
-        assert ("drawing vsearch" in said.err) == (arg == "tower")  # drawn once for all stages
-        # Seen once for low resolution and once more where high resolution is wanted first, both presets.
-        assert said.out.count("seeing 8 pictures once") == {"lowres": 2, "flex": 2}.get(arg, 0)
+        assert ("drawing vsearch" in said.err) == (arg in ("tower", "captions"))  # each preset is drawn once
+        # Each preset is seen once for low resolution and once more where high resolution is wanted first.
+        assert said.out.count("seeing 8 pictures once") == {"captions": 1, "lowres": 2, "flex": 2}.get(arg, 0)
         run_task(settings(arg, data, checkpoint), workdirs[arg])  # finished: nothing more is learned
         assert len(steps(workdirs[arg])) == 8
 
@@ -84,7 +85,8 @@ def test_stage_by_stage_a_model_comes_about_that_answers(tmp_path, capsys):
     moved = {path for path in drawn if not np.array_equal(drawn[path], models["tower"][path])}
     assert moved == {path for path in drawn if path.startswith("vision/")}
     answers = {path for path in drawn if not path.startswith("vision/")}
-    assert changed("lowres", "tower") == answers  # weights that are read by none decay
+    assert changed("captions", "tower") == answers  # drawn anew
+    assert changed("lowres", "captions") == answers  # weights that are read by none decay
     for arg in ("flex", "random"):
         assert changed(arg, "lowres") == answers and load_config(workdirs[arg] / "model").reads_highres
     assert not load_config(workdirs["lowres"] / "model").reads_highres
@@ -134,7 +136,7 @@ MISTAKES = {
         ({"start": {"preset": ""}}, "there is nothing to begin with"),
         ({"stage": "connector"}, "stage is 'connector'; it must be one of tower, answers"),
         ({"task": "mini"}, "there is no task 'mini'; there are llava, search"),
-        ({"data": {"presets": ("standard", "hard")}}, "data.presets is ('standard', 'hard'); name some of standard"),
+        ({"data": {"presets": ("standard", "hard")}}, "data.presets is ('standard', 'hard'); name some of large, standard"),
         ({"data": {"presets": ("crowded", "crowded")}}, "each once"),
         ({"data": {"presets": ()}}, "data.presets is ()"),
         ({"data": {"pictures": 0}}, "0 pictures of split 'train' are asked for"),
@@ -187,7 +189,9 @@ def test_mistakes_are_one_sentence(arg, change, message, checkpoint, data_dir, t
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("arg", "before"), [("lowres", "tower"), ("flex", "lowres"), ("twin", "lowres")])
+@pytest.mark.parametrize(
+    ("arg", "before"), [("captions", "tower"), ("lowres", "captions"), ("flex", "lowres"), ("twin", "lowres")]
+)
 def test_the_command_that_makes_the_stage_before_is_named(arg, before, tmp_path):
     for missing in ("", str(tmp_path / "none")):
         with pytest.raises(USER_ERRORS, match=f"python train.py --config=configs/train_mini.py:{before} --workdir=DIR"):
@@ -196,7 +200,7 @@ def test_the_command_that_makes_the_stage_before_is_named(arg, before, tmp_path)
 
 
 def test_an_unknown_stage_is_named_with_those_there_are():
-    with pytest.raises(ValueError, match="has no 'flax'; write :tower or one of :lowres, :twin, :flex"):
+    with pytest.raises(ValueError, match="has no 'flax'; write :tower or one of :captions, :lowres, :twin, :flex"):
         train_mini.get_config("flax")
 
 
@@ -205,7 +209,7 @@ def test_the_arms_differ_in_what_they_read_and_in_nothing_else(arg, checkpoint):
     values, flex = (train_mini.get_config(name).to_dict() for name in (arg, "flex"))
     start = StartConfig(**values["start"] | {"checkpoint": str(checkpoint / "whole")})
     found = open_start(start, dotted(values["model"]), 0).config
-    assert found.reads_highres == (arg not in ("lowres", "twin"))
+    assert found.reads_highres == (arg not in ("captions", "lowres", "twin"))
     assert found.flexattention.selector == {"all": "all", "random": "random"}.get(arg, "attention")
-    if arg != "lowres":
+    if arg not in ("captions", "lowres"):
         assert values | {"model": None} == flex | {"model": None}

@@ -36,7 +36,7 @@ def source(mini, tokenizer, llava_data):
 @pytest.fixture(scope="module")
 def kept(mini, source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("views")
-    return keep_views(source, mini[0], mini[1]["vision"], folder), folder
+    return keep_views(source, "llava", mini[0], mini[1]["vision"], folder), folder
 
 
 def test_a_model_that_is_fed_with_views_gives_the_same_logits_and_cells(mini):
@@ -112,22 +112,22 @@ def test_pictures_are_seen_once(mini, source, kept, monkeypatch):
     viewed, folder = kept
     before = sorted(path.name for path in folder.iterdir())
     monkeypatch.setattr(views_module, "_see", None)
-    again = keep_views(source, config, params["vision"], folder)
+    again = keep_views(source, "llava", config, params["vision"], folder)
     np.testing.assert_array_equal(again[0].sample.views.highres, viewed[0].sample.views.highres)
     with pytest.raises(TypeError):  # another tower sees otherwise
-        keep_views(source, config, jax.tree.map(lambda leaf: leaf + 1, params["vision"]), folder)
+        keep_views(source, "llava", config, jax.tree.map(lambda leaf: leaf + 1, params["vision"]), folder)
     with pytest.raises(TypeError):  # and so does one that is shown other pictures
-        keep_views(Renamed(source), config, params["vision"], folder)
+        keep_views(source, "others", config, params["vision"], folder)
     assert [name for name in before if not name.startswith(".")] == [
         name for name in sorted(path.name for path in folder.iterdir()) if name.endswith(".npy")
     ]
 
 
-class Renamed:
-    """A source of other data."""
+class Wrapped:
+    """A source as it is."""
 
     def __init__(self, source):
-        self.source, self.digest = source, "0" * 64
+        self.source = source
 
     def __getattr__(self, name):
         return getattr(self.source, name)
@@ -139,12 +139,8 @@ class Renamed:
         return self.source[index]
 
 
-class Stopping(Renamed):
+class Stopping(Wrapped):
     """A source that ends the process, as it were, at picture 20."""
-
-    def __init__(self, source):
-        super().__init__(source)
-        self.digest = source.digest
 
     def __getitem__(self, index):
         if index == 20:
@@ -156,9 +152,9 @@ def test_what_was_kept_in_part_is_not_taken_for_the_whole(mini, source, kept, tm
     config, params = mini
     viewed, folder = kept
     with pytest.raises(KeyboardInterrupt):
-        keep_views(Stopping(source), config, params["vision"], tmp_path)
+        keep_views(Stopping(source), "llava", config, params["vision"], tmp_path)
     assert list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.npy"))
-    again = keep_views(source, config, params["vision"], tmp_path)
+    again = keep_views(source, "llava", config, params["vision"], tmp_path)
     assert not list(tmp_path.glob("*.partial"))
     for file in folder.glob("*.npy"):
         assert (tmp_path / file.name).read_bytes() == file.read_bytes()
@@ -167,14 +163,14 @@ def test_what_was_kept_in_part_is_not_taken_for_the_whole(mini, source, kept, tm
     names = sorted(file.name for file in tmp_path.glob("*.npy"))
     (tmp_path / names[0]).unlink()
     (tmp_path / names[1]).write_bytes((tmp_path / names[1]).read_bytes()[:-40])
-    again = keep_views(source, config, params["vision"], tmp_path)
+    again = keep_views(source, "llava", config, params["vision"], tmp_path)
     np.testing.assert_array_equal(again[28].sample.views.highres, viewed[28].sample.views.highres)
 
 
 def test_a_low_resolution_model_keeps_no_high_resolution(mini, source, tmp_path):
     config, params = mini
     low = dataclasses.replace(config, flexattention=dataclasses.replace(config.flexattention, enabled=False))
-    viewed = keep_views(source, low, params["vision"], tmp_path)
+    viewed = keep_views(source, "llava", low, params["vision"], tmp_path)
     assert viewed[0].sample.views.highres is None and viewed[0].sample.views.lowres.shape == (16, config.vision.width)
     assert len(list(tmp_path.glob("*.npy"))) == 2
 
@@ -187,7 +183,7 @@ def test_a_picture_that_was_torn_when_all_were_seen_stays_out(mini, source, kept
         mended[torn]
 
 
-class Mended(Renamed):
+class Mended(Wrapped):
     """A source whose torn picture has been replaced."""
 
     def __getitem__(self, index):
@@ -197,7 +193,7 @@ class Mended(Renamed):
 def test_a_folder_that_cannot_be_written_is_one_sentence(mini, source, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(TrainingFault, match=r"cannot be kept in .*views .*; it takes 0\.00 GB: give another data"):
-        keep_views(source, mini[0], mini[1]["vision"], tmp_path / "file" / "views")
+        keep_views(source, "llava", mini[0], mini[1]["vision"], tmp_path / "file" / "views")
 
 
 def test_sources_are_joined_in_order(source, kept):

@@ -109,6 +109,8 @@ class VSearchConfig:
 
 
 PRESETS = {
+    # Objects whose class can be told at a quarter of the resolution: a small model learns to search on them first.
+    "large": VSearchConfig(preset="large", object_sides=(96, 128), pictures=(8000, 300, 0, 0)),
     # Few objects, too small for their class to be told at a quarter of the resolution.
     "standard": VSearchConfig(preset="standard"),
     # More objects than an eighth of the cells can hold; their class is weakly visible at a quarter of the resolution.
@@ -175,6 +177,11 @@ def ask_side(objects: Sequence[PlacedObject], target: int, other: int, words: Se
         options=tuple(f"The {name} is on the {word} side of the {reference}." for word in words),
         answer=list(words).index(side),
     )
+
+
+def caption(objects: Sequence[PlacedObject]) -> tuple[str, str]:
+    """A demand and its answer, which names objects in this order, each with its colour."""
+    return "Name some objects and their colors.", ", ".join(f"{o.name} {o.colour}" for o in objects) + "."
 
 
 def generate(config: VSearchConfig, split: str, threads: int | None = None) -> Iterator[Example]:
