@@ -136,7 +136,10 @@ MISTAKES = {
         ({"start": {"preset": ""}}, "there is nothing to begin with"),
         ({"stage": "connector"}, "stage is 'connector'; it must be one of tower, answers"),
         ({"task": "mini"}, "there is no task 'mini'; there are llava, search"),
-        ({"data": {"presets": ("standard", "hard")}}, "data.presets is ('standard', 'hard'); name some of large, standard"),
+        (
+            {"data": {"presets": ("standard", "hard")}},
+            "data.presets is ('standard', 'hard'); name some of large, standard",
+        ),
         ({"data": {"presets": ("crowded", "crowded")}}, "each once"),
         ({"data": {"presets": ()}}, "data.presets is ()"),
         ({"data": {"pictures": 0}}, "0 pictures of split 'train' are asked for"),
