@@ -24,10 +24,11 @@ check: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-# The shipped FlexAttention model, from nothing: its tower, LLaVA-1.5 at low resolution, FlexAttention from there.
+# The shipped FlexAttention model, from nothing: its tower, captions, LLaVA-1.5 at low resolution, FlexAttention.
 train-mini: $(READY)
 	$(RUN) train.py --config=configs/train_mini.py:tower --workdir=$(MINI)/tower
-	$(RUN) train.py --config=configs/train_mini.py:lowres --workdir=$(MINI)/seed0/lowres --config.start.checkpoint=$(MINI)/tower/model
+	$(RUN) train.py --config=configs/train_mini.py:captions --workdir=$(MINI)/seed0/captions --config.start.checkpoint=$(MINI)/tower/model
+	$(RUN) train.py --config=configs/train_mini.py:lowres --workdir=$(MINI)/seed0/lowres --config.start.checkpoint=$(MINI)/seed0/captions/model
 	$(RUN) train.py --config=configs/train_mini.py:flex --workdir=$(MINI)/seed0/flex --config.start.checkpoint=$(MINI)/seed0/lowres/model
 	$(RUN) eval.py --config=configs/vstar.py:mini --config.models=$(MINI)/seed0 --workdir=$(MINI)/vsearch
 

@@ -132,10 +132,12 @@ def main() -> None:
     for seed in seeds:
         folder = arguments.out / f"seed{seed}"
         common = [*data, f"--config.seed={seed}"]
-        tower, lowres = arguments.out / "tower" / "model", folder / "lowres" / "model"
-        train("lowres", folder / "lowres", f"--config.start.checkpoint={tower}", *common)
+        before = arguments.out / "tower"
+        for stage in ("captions", "lowres"):
+            train(stage, folder / stage, f"--config.start.checkpoint={before / 'model'}", *common)
+            before = folder / stage
         for arm in ARMS:
-            train(arm, folder / arm, f"--config.start.checkpoint={lowres}", *common)
+            train(arm, folder / arm, f"--config.start.checkpoint={before / 'model'}", *common)
     results = {}
     for test in tests():
         records = []
