@@ -203,7 +203,7 @@ def test_the_command_that_makes_the_stage_before_is_named(arg, before, tmp_path)
 
 
 def test_an_unknown_stage_is_named_with_those_there_are():
-    with pytest.raises(ValueError, match="has no 'flax'; write :tower or one of :captions, :lowres, :twin, :flex"):
+    with pytest.raises(ValueError, match="has no 'flax'; write :tower or one of :captions, :lowres, :twin, :dense"):
         train_mini.get_config("flax")
 
 
@@ -212,7 +212,7 @@ def test_the_arms_differ_in_what_they_read_and_in_nothing_else(arg, checkpoint):
     values, flex = (train_mini.get_config(name).to_dict() for name in (arg, "flex"))
     start = StartConfig(**values["start"] | {"checkpoint": str(checkpoint / "whole")})
     found = open_start(start, dotted(values["model"]), 0).config
-    assert found.reads_highres == (arg not in ("captions", "lowres", "twin"))
+    assert found.reads_highres == (arg in ("flex", "all", "random"))
     assert found.flexattention.selector == {"all": "all", "random": "random"}.get(arg, "attention")
     if arg not in ("captions", "lowres"):
         assert values | {"model": None} == flex | {"model": None}
