@@ -38,7 +38,8 @@ def count_costs(config: VLMConfig, text_lengths: Sequence[int], predictions: Seq
 
     Args:
       text_lengths: of each question's prompt, tokens without the picture.
-      predictions: their `selection` tells the cells that a row read; FlexAttention's last prompt row alone reads any.
+      predictions: their `selection` tells the cells that a row read; the last prompt row alone reads any, but in
+        variant "paper" all do.
 
     Returns:
       `decoder_gflop` (its layers over the prompt), `answer_gflop` (tower, connector, decoder, head), and `tokens_read`:
@@ -46,9 +47,13 @@ def count_costs(config: VLMConfig, text_lengths: Sequence[int], predictions: Seq
     """
     cells = [0 if p.selection is None else int(unpack_cells(p.selection).sum()) for p in predictions]
     kept, lengths = float(np.mean(cells)) if cells else 0.0, Counter(text_lengths)
+    all_read = config.reads_highres and config.flexattention.variant == "paper"
 
     def mean(operations: Callable[[int], float]) -> float:
         return sum(operations(n) * count for n, count in lengths.items()) / lengths.total() / 1e9
+
+    def reads(n: int) -> float:
+        return kept * (config.num_slots + n if all_read else 1)
 
     slots = sum(segment.num_slots * segment.num_layers for segment in config.segments)
     read = 0.0
@@ -57,8 +62,8 @@ def count_costs(config: VLMConfig, text_lengths: Sequence[int], predictions: Seq
     elif config.crossattention is not None:
         read = config.highres_grid**2 * config.decoder.num_layers
     return {
-        "decoder_gflop": mean(lambda n: decoder_flops(config, config.num_slots + n, kept, kept)),
-        "answer_gflop": mean(lambda n: prefill_flops(config, n, kept, kept)),
+        "decoder_gflop": mean(lambda n: decoder_flops(config, config.num_slots + n, kept, reads(n))),
+        "answer_gflop": mean(lambda n: prefill_flops(config, n, kept, reads(n))),
         "tokens_read": (slots + read) / config.decoder.num_layers,
     }
 

@@ -17,7 +17,7 @@ from flexattn_jax.config import override
 from flexattn_jax.evaluation import compare
 from flexattn_jax.evaluation.compare_costs import count_costs
 from flexattn_jax.evaluation.harness import HarnessError
-from flexattn_jax.evaluation.predictions import WorkdirError, read_predictions
+from flexattn_jax.evaluation.predictions import CellSelection, WorkdirError, read_predictions
 from flexattn_jax.evaluation.run import run_benchmark
 from flexattn_jax.evaluation.systems import COMPARISONS
 from flexattn_jax.inputs.datasets.vsearch_examples import PRESETS
@@ -213,6 +213,15 @@ def test_counted_costs_are_means_over_prompts():
     counted = count_costs(config, [10, 10, 40], [])
     by_hand = (2 * decoder_flops(config, 26) + decoder_flops(config, 56)) / 3e9
     assert counted["decoder_gflop"] == pytest.approx(by_hand) and counted["answer_gflop"] > counted["decoder_gflop"]
+    kept = CellSelection((1, 2), ("e000", "7000"), 3, 12, (0, 0), 5)  # 3 of 9 cells each, 16 tokens a cell
+    released, paper = (
+        count_costs(mini_config({"flexattention.variant": name}), [10], [SimpleNamespace(selection=kept)])
+        for name in ("released", "paper")
+    )
+    assert released["decoder_gflop"] - decoder_flops(config, 26) / 1e9 == pytest.approx(
+        6 * 16 * (4 * 32 * 16 + 4 * 32) / 1e9
+    )
+    assert paper["decoder_gflop"] - released["decoder_gflop"] == pytest.approx(25 * 6 * 16 * 4 * 32 / 1e9)
     crossed = override(config, {"crossattention.width": 32, "crossattention.num_heads": 4, "crossattention.tiles": 1})
     assert count_costs(crossed, [10], [])["tokens_read"] == 16 + 144
 

@@ -19,6 +19,7 @@ from flexattn_jax.config import ConfigError, GroupingConfig, override, preset
 from flexattn_jax.evaluation.pictures import draw_groups
 from flexattn_jax.highres.grouping import Grouping, assign
 from flexattn_jax.models.vlm import VLM
+from flexattn_jax.training.views import keep_views
 
 LLAVA = override(preset("tiny"), PLAIN)
 GROUPED = override(LLAVA, {"grouping.groups": 6})
@@ -130,6 +131,11 @@ def test_what_does_not_go_together_says_so():
         override(preset("7b"), {"grouping.groups": 64})
     with pytest.raises(ConfigError, match='"fastv" cannot be combined with grouping'):
         override(GROUPED, {"reduction.tokens": 4})
+
+
+def test_what_the_tower_sees_is_not_kept_where_semantic_tokens_run_through_it(tmp_path):
+    with pytest.raises(ConfigError, match="semantic tokens run through it and are trained"):
+        keep_views(None, "pictures", GROUPED, {}, tmp_path)
 
 
 def test_groups_are_drawn_as_regions_of_the_photograph_without_its_padding():
