@@ -61,6 +61,15 @@ def open_start(start: StartConfig, overrides: Mapping[str, Any], seed: int) -> S
     """
     dtype = start.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     overrides = dict(overrides) | {"dtype": dtype}
+
+    def arranged(params: dict[str, Any]) -> dict[str, Any]:
+        if start.copy_projections:
+            flat = flatten(params)
+            # Arrays of their own: the step that they are given to takes each one's memory.
+            copies = {path: np.array(flat[path.replace("_proj_hd", "_proj")]) for path in flat if "_proj_hd" in path}
+            params = nest(flat | copies)
+        return _arranged(params, config)
+
     if not start.checkpoint:
         if not (start.preset and start.tokenizer):
             raise ConfigError(
@@ -69,9 +78,7 @@ def open_start(start: StartConfig, overrides: Mapping[str, Any], seed: int) -> S
                 "--config.start.preset and --config.start.tokenizer"
             )
         config = _configure(preset(start.preset), start, overrides)
-        return Start(
-            config, Path(start.tokenizer), lambda: _arranged(draw_params(config, seed, start.draw_by_width), config)
-        )
+        return Start(config, Path(start.tokenizer), lambda: arranged(draw_params(config, seed, start.draw_by_width)))
     opened = open_checkpoint(start.checkpoint, start.vision_tower or None)
     if start.read_highres and opened.config.flexattention is None:
         if not isinstance(opened, SourceCheckpoint):
@@ -94,9 +101,7 @@ def open_start(start: StartConfig, overrides: Mapping[str, Any], seed: int) -> S
         flat = flatten(opened.params(config=stacked, dtype="float32"))
         if redrawn:
             flat |= flatten(draw_params(config, seed, start.draw_by_width, redrawn))
-        if start.copy_projections:
-            flat |= {path: flat[path.replace("_proj_hd", "_proj")] for path in flat if "_proj_hd" in path}
-        return _arranged(nest(flat), config)
+        return arranged(nest(flat))
 
     return Start(config, Path(start.tokenizer or start.checkpoint), read)
 

@@ -1,6 +1,7 @@
 """What a run may begin with."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import FIXTURES
@@ -49,6 +50,19 @@ def test_a_published_llava_gets_projections_and_keeps_everything_else():
     np.testing.assert_array_equal(before["mlp"]["up_proj"]["kernel"][1:], after["mlp"]["up_proj"]["kernel"])
     drawn = np.asarray(after["self_attn"]["k_proj_hd"]["kernel"])
     assert np.std(drawn) == pytest.approx(0.02, rel=0.1) and drawn.dtype == np.float32
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_copied_projections_are_the_layers_own_in_memory_of_their_own(checkpoint, drawn):
+    source = {"preset": "mini", "tokenizer": str(checkpoint)} if drawn else {"checkpoint": str(checkpoint)}
+    params = open_start(StartConfig(**source, copy_projections=True), {}, seed=0).params()
+    flat = flatten(params)
+    copies = [path for path in flat if "_proj_hd" in path]
+    assert copies
+    for path in copies:
+        own = flat[path.replace("_proj_hd", "_proj")]
+        np.testing.assert_array_equal(flat[path], own)
+    assert jax.tree.leaves(jax.jit(lambda tree: jax.tree.map(jnp.negative, tree), donate_argnums=0)(params))
 
 
 def test_vistogs_stages_add_semantic_tokens_to_a_published_llava_and_go_on_with_them(tmp_path):
