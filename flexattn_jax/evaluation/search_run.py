@@ -7,6 +7,7 @@ of the high resolution they read. Answers are kept in a folder for each arm, so 
 from __future__ import annotations
 
 import dataclasses
+import importlib.resources
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,6 +58,11 @@ ARMS = {
 }
 
 
+def packaged_models() -> Path:
+    """Folder of the trained mini models that come with the package, `twin` and `flex`."""
+    return Path(str(importlib.resources.files("flexattn_jax") / "assets" / "mini"))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Bytes:
     """A picture in memory; see questions.Picture."""
@@ -86,9 +92,7 @@ def run_vsearch(settings: Mapping[str, Any], workdir: str | Path) -> dict[str, A
     Raises:
         HarnessError and the other user errors of `evaluation.run`.
     """
-    workdir, models = Path(workdir), Path(settings["models"])
-    if not settings["models"]:
-        raise HarnessError("no models are given: --config.models=DIR, such as the runs/mini/seed0 of `make train-mini`")
+    workdir, models = Path(workdir), Path(settings["models"] or packaged_models())
     unknown = [name for name in settings["arms"] if name not in ARMS]
     if unknown or not settings["arms"]:
         raise HarnessError(f"arms is {settings['arms']}; name some of {', '.join(ARMS)}")
@@ -264,8 +268,8 @@ def print_table(results: Mapping[str, Any]) -> None:
         f"vsearch {config['preset']}, split {config['split']}, seed {config['seed']}, {results['pictures']} pictures"
     )
     table = Table(title=title, box=box.SIMPLE_HEAD)
-    table.add_column("model")
-    for column in ("colour, %", "side, %", "cells a layer, %", "decoder GFLOP", "of dense, %", "ms a question"):
+    table.add_column("model", no_wrap=True)
+    for column in ("colour, %", "side, %", "cells, %", "decoder GFLOP", "of dense, %", "ms"):
         table.add_column(column, justify="right")
     for arm in results["arms"].values():
         table.add_row(arm["title"], *(_interval(arm["forms"][form]) for form in FORMS), *_costs(arm))
