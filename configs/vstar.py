@@ -1,9 +1,8 @@
 """V* Bench: multiple-choice questions about small things in large photographs.
 
-python eval.py --config=configs/vstar.py       the packaged mini models on vsearch (docs/mini.md), offline: FlexAttention
-                                              beside the same network that reads low resolution alone
-python eval.py --config=configs/vstar.py:mini,compare --config.models=DIR    all arms of `make study`, DIR/ARM/model
-python eval.py --config=configs/vstar.py:demo  the machinery of a large model on V* Bench's layout, with random weights
+python eval.py --config=configs/vstar.py                 the packaged demo: real photographs, random weights, offline
+python eval.py --config=configs/vstar.py:mini --config.models=DIR      a trained mini model on vsearch (docs/mini.md)
+python eval.py --config=configs/vstar.py:mini,compare --config.models=DIR    beside those that it is compared with
 python eval.py --config=configs/vstar.py:7b --config.data_dir=DIR --config.checkpoint=DIR --workdir=DIR
 
 DIR is https://huggingface.co/datasets/craigwu/vstar_bench as downloaded, and the folder of
@@ -17,12 +16,12 @@ from flexattn_jax.evaluation.settings import benchmark_config
 from flexattn_jax.overrides import flexattention_overrides
 
 
-def get_config(arg: str = "mini") -> config_dict.ConfigDict:
+def get_config(arg: str = "demo") -> config_dict.ConfigDict:
     """The settings of `eval.py`; `arg` is what follows the colon in --config."""
     if arg in ("mini", "mini,compare"):
-        return _mini(("twin", "flex", "random", "random_swap", "all") if arg == "mini,compare" else ("twin", "flex"))
+        return _mini(("twin", "flex", "random", "random_swap", "all") if arg == "mini,compare" else ("flex",))
     if arg not in ("demo", "7b"):
-        raise ValueError(f"configs/vstar.py has no {arg!r}; write :mini, :mini,compare, :demo or :7b")
+        raise ValueError(f"configs/vstar.py has no {arg!r}; write :demo, :mini, :mini,compare or :7b")
     config = benchmark_config("vstar")
     if arg == "demo":
         config.data_dir = str(demo_questions())
@@ -33,7 +32,7 @@ def get_config(arg: str = "mini") -> config_dict.ConfigDict:
 def _mini(arms: tuple[str, ...]) -> config_dict.ConfigDict:
     config = config_dict.ConfigDict()
     config.benchmark = "vsearch"
-    config.models = ""  # folder of the arms' trained models, such as runs/mini/seed0; empty: the packaged ones
+    config.models = ""  # folder of the arms' trained models, such as runs/mini/seed0
     config.arms = arms  # rows of the table, see evaluation/search_run.py
     config.preset = "standard"  # of vsearch, or "crowded"
     config.split = "test"  # or "test_art": objects by an artist that no other split has

@@ -7,7 +7,6 @@ of the high resolution they read. Answers are kept in a folder for each arm, so 
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,11 +57,6 @@ ARMS = {
 }
 
 
-def packaged_models() -> Path:
-    """Folder of the trained mini models that come with the package, `twin` and `flex`."""
-    return Path(str(importlib.resources.files("flexattn_jax") / "assets" / "mini"))
-
-
 @dataclasses.dataclass(frozen=True)
 class _Bytes:
     """A picture in memory; see questions.Picture."""
@@ -92,7 +86,9 @@ def run_vsearch(settings: Mapping[str, Any], workdir: str | Path) -> dict[str, A
     Raises:
         HarnessError and the other user errors of `evaluation.run`.
     """
-    workdir, models = Path(workdir), Path(settings["models"] or packaged_models())
+    workdir, models = Path(workdir), Path(settings["models"])
+    if not settings["models"]:
+        raise HarnessError("no models are given: --config.models=DIR, such as the runs/mini/seed0 of `make train-mini`")
     unknown = [name for name in settings["arms"] if name not in ARMS]
     if unknown or not settings["arms"]:
         raise HarnessError(f"arms is {settings['arms']}; name some of {', '.join(ARMS)}")

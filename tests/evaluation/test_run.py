@@ -208,7 +208,7 @@ def test_the_table_on_a_terminal_names_ten_errors_and_survives_odd_names(evaluat
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--config=configs/vstar.py:13b"], "configs/vstar.py has no '13b'; write :mini, "),
+        (["--config=configs/vstar.py:13b"], "configs/vstar.py has no '13b'; write :demo, "),
         (["--config.batchsize=3"], "there is no setting 'batchsize'; did you mean 'batch_size'?"),
         (["--config=configs/vstar.py:7b", "--config.data_dir=nowhere"], "the data folder 'nowhere' does not exist"),
     ],

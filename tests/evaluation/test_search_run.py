@@ -1,4 +1,4 @@
-"""eval.py on vsearch: the table of the mini models, what is kept of it, and the models that come with the package."""
+"""eval.py on vsearch: the table of the mini models and what is kept of it."""
 
 import importlib.util
 import json
@@ -9,10 +9,9 @@ import pytest
 from conftest import random_params
 from mini_search import mini_config, search_config
 
-from flexattn_jax.api import load
 from flexattn_jax.checkpoints.store import save_model
 from flexattn_jax.evaluation.harness import HarnessError
-from flexattn_jax.evaluation.search_run import packaged_models, run_vsearch
+from flexattn_jax.evaluation.search_run import run_vsearch
 from flexattn_jax.inputs.datasets.vsearch_examples import PRESETS
 from flexattn_jax.inputs.word_tokenizer import write_word_tokenizer
 
@@ -41,7 +40,7 @@ def models(tmp_path_factory):
 
 def test_arms_stand_side_by_side_and_a_second_run_asks_nothing_again(models, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(PRESETS, "standard", search_config(preset="standard", pictures=(0, 0, 3, 0)))
-    values = settings(models=str(models), data_dir=str(tmp_path / "data"), batch_size=2)
+    values = settings(arms=("twin", "flex"), models=str(models), data_dir=str(tmp_path / "data"), batch_size=2)
     results = run_vsearch(values, tmp_path / "run")
     said = capsys.readouterr().out
     assert "low resolution" in said and "FlexAttention" in said and "3 pictures" in said
@@ -62,34 +61,13 @@ def test_arms_stand_side_by_side_and_a_second_run_asks_nothing_again(models, tmp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"models": "no/where"}, "there is no model in no/where/twin; give the folder of trained models"),
-        ({"arms": ("flax",)}, "arms is ('flax',); name some of twin, flex, random, random_swap, all"),
-        ({"limit": -1}, "limit and pictures cannot be negative"),
+        ({}, "no models are given: --config.models=DIR"),
+        ({"models": "no/where"}, "there is no model in no/where/flex; give the folder of trained models"),
+        ({"models": "m", "arms": ("flax",)}, "arms is ('flax',); name some of twin, flex, random, random_swap, all"),
+        ({"models": "m", "limit": -1}, "limit and pictures cannot be negative"),
     ],
 )
 def test_mistakes_are_named(changes, message, tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "standard", search_config(preset="standard", pictures=(0, 0, 1, 0)))
     with pytest.raises(HarnessError, match=re.escape(message)):
         run_vsearch(settings(data_dir=str(tmp_path / "data"), **changes), tmp_path / "run")
-
-
-def test_the_packaged_models_are_small_and_differ_in_what_they_read():
-    flex, twin = (load(packaged_models() / arm) for arm in ("flex", "twin"))
-    assert flex.config.reads_highres and not twin.config.reads_highres
-    assert flex.config.flexattention.capacity == 8 and flex.config.flexattention.num_cells == 64
-    assert sum(path.stat().st_size for path in packaged_models().rglob("*") if path.is_file()) < 25e6
-
-
-@pytest.mark.slow
-def test_the_packaged_models_show_what_high_resolution_is_worth(tmp_path, monkeypatch):
-    monkeypatch.setitem(PRESETS, "standard", search_config(preset="standard", **STANDARD))
-    results = run_vsearch(settings(data_dir=str(tmp_path / "data")), tmp_path / "run")
-    twin, flex = (results["arms"][arm]["forms"]["direct_attributes"]["accuracy"] for arm in ("twin", "flex"))
-    assert flex > 0.85 and flex > twin + 0.25
-
-
-# The preset itself, with fewer pictures.
-STANDARD = {
-    name: getattr(PRESETS["standard"], name)
-    for name in ("picture_side", "object_sides", "num_objects", "attribute_questions", "relation_questions")
-} | {"pictures": (0, 0, 60, 0), "seed": 77}
