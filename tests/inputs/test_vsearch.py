@@ -81,6 +81,7 @@ def test_a_killed_build_leaves_nothing_that_looks_finished(tmp_path):
         ({"preset": "hard"}, "preset 'hard'"),
         ({"split": "dev"}, "split 'dev'"),
         ({"pictures": 0}, "0 pictures"),
+        ({"preset": "large"}, "preset 'large' has no pictures in split 'test'"),
         ({"seed": -2}, "seed -2"),
     ],
 )
