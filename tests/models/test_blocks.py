@@ -15,7 +15,7 @@ from flexattn_jax.training.loss import next_token_loss
 
 PREFIX = 6  # ids before the texts, the picture's place-holder among them
 TEXTS = ((6, 9, 5), (8, 4))  # lengths of the texts of two samples; of each the last three ids are learned
-BLOCK = 16  # positions of a text: the bucket of the longest
+BLOCK = 14  # positions of a text: the bucket of the longest
 SPACE = PREFIX - 1 + 3 * BLOCK  # T without the picture's slots
 
 
