@@ -89,6 +89,7 @@ def test_option_losses_are_those_of_one_restated_forward_each(setup, tokenizer, 
             assert loss == pytest.approx(-np.mean(logits[np.arange(len(tail)), tail]), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_answers_and_scores_do_not_depend_on_the_batch(setup, tokenizer, eight):
     config, params = setup
     images, questions = eight

@@ -58,6 +58,7 @@ def test_the_loss_of_a_mixed_batch_is_the_restated_one(tiny, alpha):
     assert float(loss) == pytest.approx(total / tokens, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_union_capacity_changes_nothing_while_it_is_not_exceeded(tiny):
     config, params = tiny
     few = override(config, {"flexattention.capacity": 1})
