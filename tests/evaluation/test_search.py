@@ -109,9 +109,9 @@ def test_cells_and_hits_are_those_of_the_questions_alone(vlm, examples, answers)
         for number, (answer, asked) in enumerate(zip(found, example.questions, strict=True)):
             rows = batch.readers[number][batch.readers[number] < batch.labels.shape[1]]
             read = cells[:, number, : len(rows)]  # (layers, rows, C)
-            # The word that decides stands at the same place in all options.
-            words = [option.rstrip(".").split() for option in asked.options]
-            decisive = next(k for k in range(len(words[0])) if len({tuple(w[: k + 1]) for w in words}) > 1)
+            # The token that decides stands at the same place in all options.
+            options = [vlm.tokenizer.encode(option) for option in asked.options]
+            decisive = next(k for k, tokens in enumerate(zip(*options, strict=True)) if len(set(tokens)) > 1)
             np.testing.assert_array_equal(answer.kept, read[:, decisive])
             assert answer.reads == read.sum() and answer.distinct == read.any(axis=1).sum()
             owners = [cell_of(placed) for placed in example.objects]

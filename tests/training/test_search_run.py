@@ -69,19 +69,20 @@ def test_stage_by_stage_a_model_comes_about_that_answers(tmp_path, capsys):
         folder = run_task(values, workdirs[arg])
         assert folder == workdirs[arg] / "model"
         models[arg] = flatten(stack_layers(load_params(folder)))
-        assert [entry["step"] for entry in steps(workdirs[arg])] == list(range(1, 9))
+        total = 4 * len(values["data"]["presets"])  # two epochs of eight pictures of each, four a step
+        assert [entry["step"] for entry in steps(workdirs[arg])] == list(range(1, total + 1))
         assert all(np.isfinite(entry["loss"]) for entry in steps(workdirs[arg]))
         said = capsys.readouterr()
         assert ("drawing vsearch" in said.err) == (arg in ("tower", "captions"))  # each preset is drawn once
         # Each preset is seen once for low resolution and once more where high resolution is wanted first.
         assert said.out.count("seeing 8 pictures once") == {"captions": 1, "lowres": 2, "flex": 2}.get(arg, 0)
         run_task(settings(arg, data, checkpoint), workdirs[arg])  # finished: nothing more is learned
-        assert len(steps(workdirs[arg])) == 8
+        assert len(steps(workdirs[arg])) == total
 
     def changed(one, other):
         return {path for path in models[one] if not np.array_equal(models[one][path], models[other][path])}
 
-    drawn = flatten(draw_params(load_config(workdirs["tower"] / "model"), 0))
+    drawn = flatten(draw_params(load_config(workdirs["tower"] / "model"), 0, by_width=True))
     moved = {path for path in drawn if not np.array_equal(drawn[path], models["tower"][path])}
     assert moved == {path for path in drawn if path.startswith("vision/")}
     answers = {path for path in drawn if not path.startswith("vision/")}
