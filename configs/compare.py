@@ -25,9 +25,8 @@ def get_config(arg: str = "mini") -> config_dict.ConfigDict:
     config.systems = ()  # rows, see evaluation/systems.py; empty: all
     config.models = "" if arg == "7b" else "runs/mini"
     config.seeds = ()  # empty: those that `models` holds
-    config.limit = (
-        0 if arg == "7b" else 200
-    )  # only the first so many questions of each split (vsearch: pictures); 0: all
+    # Only the first so many questions of each split (vsearch: pictures); 0: all.
+    config.limit = 0 if arg == "7b" else 200
     config.batch_size = 4  # changes no answer
     config.dtype = config_dict.placeholder(str)  # "float32" or "bfloat16"; None: float32 on CPU, else bfloat16
     config.passes = 5  # times that each system is timed; 0: none

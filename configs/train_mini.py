@@ -14,16 +14,22 @@ other ways to read a picture (docs/systems.md): `dense` (LLaVA-1.5-HD), `xattn` 
 
 from ml_collections import config_dict
 
-ARMS = {  # what is read at high resolution
-    "captions": {"enabled": False},
-    "lowres": {"enabled": False},
-    "twin": {"enabled": False},
-    "dense": {"enabled": False},
-    "xattn": {"enabled": False},
-    "vistog": {"enabled": False},
-    "flex": {},
-    "all": {"selector": "all"},
-    "random": {"selector": "random"},
+LOWRES = {"flexattention": {"enabled": False}}
+ARMS = {  # how pictures are read; the tower reads them whole, so that there is one tile
+    "captions": LOWRES,
+    "lowres": LOWRES,
+    "twin": LOWRES,
+    "dense": LOWRES | {"dense": {"tiles": 1}},
+    "xattn": LOWRES | {"crossattention": {"tiles": 1, "width": 96, "num_heads": 4, "source": "connector"}},
+    "vistog": LOWRES | {"grouping": {"groups": 16}},
+    "flex": {"flexattention": {}},
+    "all": {"flexattention": {"selector": "all"}},
+    "random": {"flexattention": {"selector": "random"}},
+}
+TRAINABLE = {
+    "tower": "vision,probe",
+    "xattn": "connector,decoder,highres",
+    "vistog": "connector,decoder,grouping",
 }
 
 # What each stage learns from. Search is learned first where it is easy: from objects that low resolution shows, and
@@ -86,7 +92,7 @@ def get_config(arg: str = "flex") -> config_dict.ConfigDict:
     config.tower = config_dict.ConfigDict({"crops": 3, "crop_side": 96})
     config.optimizer = config_dict.ConfigDict(
         {
-            "trainable": "vision,probe" if tower else "connector,decoder",
+            "trainable": TRAINABLE.get(arg, "connector,decoder"),
             "learning_rate": 2e-3 if tower else 1.5e-3,
             "schedule": "constant" if arg == "captions" else "cosine",
             "warmup_share": 0.05,
@@ -104,8 +110,7 @@ def get_config(arg: str = "flex") -> config_dict.ConfigDict:
     config.seed = 0
     config.export = "last"
     config.export_dtype = "float32"
-    config.model = config_dict.ConfigDict({"flexattention": {} if tower else dict(ARMS[arg])})
-    _read_otherwise(config, arg)
+    config.model = config_dict.ConfigDict(ARMS.get(arg, {"flexattention": {}}))
     config.loop = config_dict.ConfigDict(
         {
             "log_every": 50,
@@ -120,15 +125,3 @@ def get_config(arg: str = "flex") -> config_dict.ConfigDict:
         }
     )
     return config
-
-
-def _read_otherwise(config: config_dict.ConfigDict, arg: str) -> None:
-    """Settings of the arms that are not FlexAttention; the tower reads whole pictures, so that there is one tile."""
-    if arg == "dense":
-        config.model.dense = {"tiles": 1}
-    elif arg == "xattn":
-        config.model.crossattention = {"tiles": 1, "width": 96, "num_heads": 4, "source": "connector"}
-        config.optimizer.trainable += ",highres"
-    elif arg == "vistog":
-        config.model.grouping = {"groups": 16}
-        config.optimizer.trainable += ",grouping"

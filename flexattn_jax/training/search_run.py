@@ -37,7 +37,7 @@ class SearchData:
         unknown = [name for name in self.presets if name not in PRESETS]
         if unknown or not self.presets or len(set(self.presets)) != len(self.presets):
             raise ConfigError(f"data.presets is {self.presets}; name some of {', '.join(PRESETS)}, each once")
-        if self.captions < (not self.questions):
+        if self.captions < (0 if self.questions else 1):
             raise ConfigError(f"data.captions is {self.captions}; it must be at least 1 where no question is learned")
 
 
@@ -58,6 +58,8 @@ def run_search(settings: Mapping[str, Any], workdir: str | Path) -> Path:
 
     def make_data(tokenizer: Tokenizer, start: Start, _: Path) -> Data:
         train, held_out = [], []
+        kept = stage == "answers" and own.keep_views
+        vision = start.params()["vision"] if kept else None
         for sources, split, pictures in ((train, "train", own.pictures), (held_out, "validation", None)):
             for name in own.presets:
                 rows = load_vsearch(folder, name, split, own.seed, pictures)
@@ -67,8 +69,8 @@ def run_search(settings: Mapping[str, Any], workdir: str | Path) -> Path:
                     sources.append(TowerSource(rows, start.config, most, digest))
                 else:
                     source = SearchSource(rows, tokenizer, start.config, digest, own.captions, own.questions)
-                    if sources is train and own.keep_views:
-                        source = keep_views(source, digest, start.config, start.params()["vision"], folder / "views")
+                    if sources is train and kept:
+                        source = keep_views(source, digest, start.config, vision, folder / "views")
                     sources.append(source)
         return Data(joined(train), joined(held_out))
 

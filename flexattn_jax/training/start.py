@@ -61,15 +61,6 @@ def open_start(start: StartConfig, overrides: Mapping[str, Any], seed: int) -> S
     """
     dtype = start.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     overrides = dict(overrides) | {"dtype": dtype}
-
-    def arranged(params: dict[str, Any]) -> dict[str, Any]:
-        if start.copy_projections:
-            flat = flatten(params)
-            # Arrays of their own: the step that they are given to takes each one's memory.
-            copies = {path: np.array(flat[path.replace("_proj_hd", "_proj")]) for path in flat if "_proj_hd" in path}
-            params = nest(flat | copies)
-        return _arranged(params, config)
-
     if not start.checkpoint:
         if not (start.preset and start.tokenizer):
             raise ConfigError(
@@ -78,7 +69,11 @@ def open_start(start: StartConfig, overrides: Mapping[str, Any], seed: int) -> S
                 "--config.start.preset and --config.start.tokenizer"
             )
         config = _configure(preset(start.preset), start, overrides)
-        return Start(config, Path(start.tokenizer), lambda: arranged(draw_params(config, seed, start.draw_by_width)))
+        return Start(
+            config,
+            Path(start.tokenizer),
+            lambda: _arranged(draw_params(config, seed, start.draw_by_width), config, start),
+        )
     opened = open_checkpoint(start.checkpoint, start.vision_tower or None)
     if start.read_highres and opened.config.flexattention is None:
         if not isinstance(opened, SourceCheckpoint):
@@ -101,7 +96,7 @@ def open_start(start: StartConfig, overrides: Mapping[str, Any], seed: int) -> S
         flat = flatten(opened.params(config=stacked, dtype="float32"))
         if redrawn:
             flat |= flatten(draw_params(config, seed, start.draw_by_width, redrawn))
-        return arranged(nest(flat))
+        return _arranged(nest(flat), config, start)
 
     return Start(config, Path(start.tokenizer or start.checkpoint), read)
 
@@ -133,5 +128,10 @@ def _redrawn(prefixes: str, config: VLMConfig) -> set[str]:
     return chosen
 
 
-def _arranged(params: dict[str, Any], config: VLMConfig) -> dict[str, Any]:
+def _arranged(params: dict[str, Any], config: VLMConfig, start: StartConfig) -> dict[str, Any]:
+    if start.copy_projections:
+        flat = flatten(params)
+        # Arrays of their own: the step that they are given to takes each one's memory.
+        copies = {path: np.array(flat[path.replace("_proj_hd", "_proj")]) for path in flat if "_proj_hd" in path}
+        params = nest(flat | copies)
     return params if config.scan_layers else unstack_layers(params)

@@ -82,16 +82,12 @@ def draw_params(
         what attention brings then stands out from what MLPs that know nothing yet add to it.
       only: paths of the leaves to draw; None: all.
     """
-    shapes = layouts.leaf_shapes(config)
-    return nest(
-        {
-            path: _draw(
-                path, shapes[path], seed, _deviation(path, shapes[path], config) if by_width else INIT_DEVIATION
-            )
-            for path in shapes
-            if only is None or path in only
-        }
-    )
+    drawn = {}
+    for path, shape in layouts.leaf_shapes(config).items():
+        if only is None or path in only:
+            deviation = _deviation(path, shape, config) if by_width else INIT_DEVIATION
+            drawn[path] = _draw(path, shape, seed, deviation)
+    return nest(drawn)
 
 
 def _deviation(path: str, shape: tuple[int, ...], config: VLMConfig) -> float:

@@ -135,11 +135,12 @@ def load_vsearch(
         raise VSearchError(f"there is no vsearch preset {preset!r}; known: {', '.join(PRESETS)}")
     settings = PRESETS[preset] if isinstance(preset, str) else preset
     count = settings.num_pictures(split) if pictures is None else pictures
-    if count < 1:
-        none = f"preset {settings.preset!r} has no pictures in split {split!r}; ask for some, or for another split"
+    if pictures is None and count < 1:
         raise VSearchError(
-            none if pictures is None else f"{count} pictures of split {split!r} are asked for; ask for at least 1"
+            f"preset {settings.preset!r} has no pictures in split {split!r}; ask for some, or for another split"
         )
+    if count < 1:
+        raise VSearchError(f"{count} pictures of split {split!r} are asked for; ask for at least 1")
     # One split a data set, so that whoever only evaluates does not wait for the training pictures.
     only = tuple(count if name == split else 0 for name in SPLITS)
     settings = dataclasses.replace(settings, seed=seed, pictures=only)
