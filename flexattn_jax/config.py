@@ -270,8 +270,8 @@ def override(config: VLMConfig, overrides: dict[str, Any] | None) -> VLMConfig:
         *parents, leaf = key.split(".")
         node = values
         for parent in parents:
-            if node is values and node.get(parent, 0) is None and parent in _OPENED:
-                node[parent] = dataclasses.asdict(_OPENED[parent]())
+            if node is values and node.get(parent, 0) is None and parent in OPENED:
+                node[parent] = dataclasses.asdict(OPENED[parent]())
             require(
                 isinstance(node, dict) and isinstance(node.get(parent), dict),
                 f"config_overrides names {key!r}, but this configuration has no {parent!r} to change",
@@ -332,7 +332,7 @@ def preset(name: str) -> VLMConfig:
 
 
 # FlexAttention is missing here: it cannot be turned on without projections, which the importer draws where asked to.
-_OPENED = {
+OPENED = {
     "crossattention": CrossAttentionConfig,
     "dense": DenseConfig,
     "grouping": GroupingConfig,

@@ -7,7 +7,7 @@ import typing
 
 from ml_collections import config_dict
 
-from flexattn_jax.config import CrossAttentionConfig, DenseConfig, FlexAttentionConfig, GroupingConfig, ReductionConfig
+from flexattn_jax.config import OPENED, FlexAttentionConfig
 
 _SELECTION = ("variant", "selector", "selection", "threshold", "ablation_share", "capacity", "union_capacity")
 INFERENCE = ("enabled", "first_layer", *_SELECTION, "seed")
@@ -29,13 +29,7 @@ def system_overrides(names: typing.Sequence[str] = INFERENCE) -> config_dict.Con
     A setting of any of these but FlexAttention turns that on; docs/systems.md says what goes together. Of
     FlexAttention's settings the table has `names`.
     """
-    kinds = {
-        "crossattention": CrossAttentionConfig,
-        "dense": DenseConfig,
-        "grouping": GroupingConfig,
-        "reduction": ReductionConfig,
-    }
-    tables = {name: _table(kind, tuple(typing.get_type_hints(kind))) for name, kind in kinds.items()}
+    tables = {name: _table(kind, tuple(typing.get_type_hints(kind))) for name, kind in OPENED.items()}
     sizes = {"image_size": config_dict.placeholder(int), "decoder": {"max_positions": config_dict.placeholder(int)}}
     return config_dict.ConfigDict({"flexattention": flexattention_overrides(names)} | tables | sizes)
 

@@ -11,6 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from flexattn_jax.evaluation.report import percent
+
 _COSTS = (
     ("tokens read", lambda costs: f"{costs['tokens_read']:.0f}"),
     ("decoder GFLOP", lambda costs: _number(costs["decoder_gflop"])),
@@ -34,13 +36,6 @@ def _number(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
-def _percent(counts: Mapping[str, Any] | None) -> str:
-    if counts is None or not counts["n"]:
-        return "-"
-    low, high = counts["ci95"]
-    return f"{100 * counts['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f})"
-
-
 def _columns(benchmark: Mapping[str, Any]) -> list[str]:
     return ["system", "accuracy, %", *_splits(benchmark), *(name for name, _ in (*_COSTS, *_TIMES)), "models"]
 
@@ -56,8 +51,8 @@ def _cells(row: Mapping[str, Any], benchmark: Mapping[str, Any]) -> list[str]:
     models = ", ".join(filter(None, (str(len(row["seeds"])) if row["seeds"] else "", wrong)))
     return [
         row["title"],
-        _percent(row["overall"]),
-        *(_percent(row["splits"].get(split)) for split in _splits(benchmark)),
+        percent(row["overall"]),
+        *(percent(row["splits"].get(split)) for split in _splits(benchmark)),
         *(show(row["costs"]) if row["costs"] else "-" for _, show in _COSTS),
         *(show(row["times"]) if row["times"] else "-" for _, show in _TIMES),
         models,

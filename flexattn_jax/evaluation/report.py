@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,14 @@ def _figures(figures: Sequence[dict[str, Any]]) -> Table:
         interval = "-" if low is None else f"{factor * low:.1f} to {factor * high:.1f}{unit}"
         table.add_row(figure["name"], str(figure["n"]), f"{factor * figure['value']:.1f}{unit}", interval)
     return table
+
+
+def percent(counts: Mapping[str, Any] | None) -> str:
+    """An accuracy with its interval, such as "56.0 (50.3-61.5)"; "-" where nothing was asked."""
+    if counts is None or not counts["n"]:
+        return "-"
+    low, high = counts["ci95"]
+    return f"{100 * counts['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f})"
 
 
 def _cells(counts: dict[str, Any]) -> list[str]:

@@ -19,9 +19,9 @@ import numpy as np
 import optax
 
 from flexattn_jax.api import VisionLanguageModel
-from flexattn_jax.config import IMAGE_PLACEHOLDER, VLMConfig
+from flexattn_jax.config import VLMConfig
 from flexattn_jax.inputs.batching import Batch, Buckets, Sample, make_batch
-from flexattn_jax.inputs.conversations import Turn, tokenize_conversation
+from flexattn_jax.inputs.conversations import Turn, pack_turns
 from flexattn_jax.inputs.datasets.vsearch_examples import Example
 from flexattn_jax.inputs.images import preprocess
 from flexattn_jax.inputs.prompts import IMAGE_TAG
@@ -151,24 +151,18 @@ def pack_options(tokenizer: Tokenizer, example: Example, config: VLMConfig, bloc
     Args:
       block: positions of each, see Batch.blocks; None: what the longest needs.
     """
-    slots = config.num_slots
-    ids, segments, learned, made = [], [], [], []
+    turns = [Turn(f"{IMAGE_TAG}\n{asked.question}", option) for asked in example.questions for option in asked.options]
+    ids, segments, learned = pack_turns(tokenizer, turns)
+    cuts = np.flatnonzero(np.diff(segments)) + 1
+    (prefix, *texts), (_, *texts_learned) = np.split(ids, cuts), np.split(learned, cuts)
+    made: list[tuple[int, int, int, int, int]] = []
     for number, asked in enumerate(example.questions):
-        texts = []
-        for option in asked.options:
-            own, own_learned = tokenize_conversation(tokenizer, (Turn(f"{IMAGE_TAG}\n{asked.question}", option),))
-            cut = int(np.flatnonzero(own == IMAGE_PLACEHOLDER)[0]) + 1
-            if not ids:
-                ids, segments, learned = [own[:cut]], [np.zeros(cut, np.int32)], [own_learned[:cut]]
-            texts.append((own[cut:], own_learned[cut:]))
-        same = _common_length([text for text, _ in texts])
-        for k, (text, text_learned) in enumerate(texts):
-            ids.append(text)
-            segments.append(np.full(len(text), len(segments), np.int32))
-            learned.append(text_learned)
-            prompt = int((~text_learned).sum())
-            made.append((number, k, prompt, len(text), same))
-    beginning, block = len(ids[0]) - 1 + slots, block or Buckets().block_length(max(map(len, ids[1:])))
+        own = slice(len(made), len(made) + len(asked.options))
+        same = _common_length(texts[own])
+        for k, (text, text_learned) in enumerate(zip(texts[own], texts_learned[own], strict=True)):
+            made.append((number, k, int((~text_learned).sum()), len(text), same))
+    beginning = len(prefix) - 1 + config.num_slots
+    block = block or Buckets().block_length(max(map(len, texts)))
     places = [beginning + block * k for k in range(len(made))]
     options = [
         _Option(number, k, place, prompt, length, place + same - 1)
@@ -176,9 +170,9 @@ def pack_options(tokenizer: Tokenizer, example: Example, config: VLMConfig, bloc
     ]
     place = beginning + block * len(made)
     expanded = np.zeros(place, bool)
-    for first, own in zip(places, learned[1:], strict=True):
+    for first, own in zip(places, texts_learned, strict=True):
         expanded[first : first + len(own)] = own
-    sample = Sample(np.concatenate(ids), segments=np.concatenate(segments))
+    sample = Sample(ids, segments=segments)
     right = [o for o in options if o.option == example.questions[o.question].answer]
     before = options[0].first
     lengths = [(before + option.length, option.length - option.prompt) for option in right]

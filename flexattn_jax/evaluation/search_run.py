@@ -25,7 +25,7 @@ from flexattn_jax.evaluation.harness import HarnessError, unpack_cells
 from flexattn_jax.evaluation.metrics import accuracy
 from flexattn_jax.evaluation.pictures import write_pictures
 from flexattn_jax.evaluation.predictions import CellSelection, Prediction, PredictionLog
-from flexattn_jax.evaluation.report import write_json
+from flexattn_jax.evaluation.report import percent, write_json
 from flexattn_jax.evaluation.run import checkpoint_fingerprint
 from flexattn_jax.evaluation.search import Answer, ask_all, pack_options
 from flexattn_jax.inputs.datasets.questions import Question
@@ -268,15 +268,8 @@ def print_table(results: Mapping[str, Any]) -> None:
     for column in ("colour, %", "side, %", "cells, %", "decoder GFLOP", "of dense, %", "ms"):
         table.add_column(column, justify="right")
     for arm in results["arms"].values():
-        table.add_row(arm["title"], *(_interval(arm["forms"][form]) for form in FORMS), *_costs(arm))
+        table.add_row(arm["title"], *(percent(arm["forms"][form]) for form in FORMS), *_costs(arm))
     console.print(table)
-
-
-def _interval(counts: Mapping[str, Any]) -> str:
-    if not counts["n"]:
-        return "-"
-    low, high = counts["ci95"]
-    return f"{100 * counts['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f})"
 
 
 def _costs(arm: Mapping[str, Any]) -> list[str]:

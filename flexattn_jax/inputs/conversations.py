@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -77,6 +78,26 @@ def tokenize_conversation(tokenizer: Tokenizer, turns: tuple[Turn, ...]) -> tupl
         ids += whole
         learned += [place >= prompt_length for place in range(len(whole))]
     return np.asarray(ids, np.int32), np.asarray(learned, bool)
+
+
+def pack_turns(tokenizer: Tokenizer, turns: Sequence[Turn]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The conversations about one picture, a turn each, behind their common beginning.
+
+    Returns:
+      ids (n,) int32 with IMAGE_PLACEHOLDER once; segments (n,) int32, see Sample.segments; and (n,) bool, True on
+      answers. Cut after the beginning, every segment is the rest of the conversation that `tokenize_conversation`
+      makes of its turn alone.
+    """
+    ids, segments, learned = [], [], []
+    for number, turn in enumerate(turns, start=1):
+        own, own_learned = tokenize_conversation(tokenizer, (turn,))
+        cut = int(np.flatnonzero(own == IMAGE_PLACEHOLDER)[0]) + 1
+        if not ids:
+            ids, segments, learned = [own[:cut]], [np.zeros(cut, np.int32)], [own_learned[:cut]]
+        ids.append(own[cut:])
+        segments.append(np.full(len(own) - cut, number, np.int32))
+        learned.append(own_learned[cut:])
+    return tuple(map(np.concatenate, (ids, segments, learned)))
 
 
 def truncate(ids: np.ndarray, learned: np.ndarray, max_length: int, slots: int) -> tuple[np.ndarray, np.ndarray]:

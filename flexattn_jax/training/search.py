@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from flexattn_jax.config import IMAGE_PLACEHOLDER, VLMConfig
+from flexattn_jax.config import VLMConfig
 from flexattn_jax.inputs.batching import Buckets, Sample
-from flexattn_jax.inputs.conversations import Turn, tokenize_conversation
+from flexattn_jax.inputs.conversations import Turn, pack_turns
 from flexattn_jax.inputs.datasets.vsearch import decode_example
 from flexattn_jax.inputs.datasets.vsearch_examples import Example, caption
 from flexattn_jax.inputs.datasets.vsearch_scenes import COLOURS
@@ -94,23 +94,3 @@ def _pack(
         texts.append(caption([example.objects[k] for k in named]))
     ids, segments, learned = pack_turns(tokenizer, [Turn(f"{IMAGE_TAG}\n{demand}", answer) for demand, answer in texts])
     return ids, segments, learned & ((segments <= len(asked)) | np.isin(ids, colours))
-
-
-def pack_turns(tokenizer: Tokenizer, turns: Sequence[Turn]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The conversations about one picture, a turn each, behind their common beginning.
-
-    Returns:
-      ids (n,) int32 with IMAGE_PLACEHOLDER once; segments (n,) int32, see Sample.segments; and (n,) bool, True on
-      answers. Cut after the beginning, every segment is the rest of the conversation that `tokenize_conversation`
-      makes of its turn alone.
-    """
-    ids, segments, learned = [], [], []
-    for number, turn in enumerate(turns, start=1):
-        own, own_learned = tokenize_conversation(tokenizer, (turn,))
-        cut = int(np.flatnonzero(own == IMAGE_PLACEHOLDER)[0]) + 1
-        if not ids:
-            ids, segments, learned = [own[:cut]], [np.zeros(cut, np.int32)], [own_learned[:cut]]
-        ids.append(own[cut:])
-        segments.append(np.full(len(own) - cut, number, np.int32))
-        learned.append(own_learned[cut:])
-    return tuple(map(np.concatenate, (ids, segments, learned)))

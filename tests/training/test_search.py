@@ -6,7 +6,7 @@ from mini_search import mini_config, search_config
 
 from flexattn_jax.config import IMAGE_PLACEHOLDER
 from flexattn_jax.inputs.batching import Buckets, make_batch
-from flexattn_jax.inputs.conversations import Turn, tokenize_conversation
+from flexattn_jax.inputs.conversations import Turn, pack_turns, tokenize_conversation
 from flexattn_jax.inputs.datasets.vsearch import decode_example, load_vsearch
 from flexattn_jax.inputs.images import preprocess
 from flexattn_jax.inputs.prompts import IMAGE_TAG
@@ -14,7 +14,7 @@ from flexattn_jax.inputs.tokenizer import load_tokenizer
 from flexattn_jax.inputs.word_tokenizer import write_word_tokenizer
 from flexattn_jax.training.data import BatchPlan, BatchSource
 from flexattn_jax.training.loss import IGNORED
-from flexattn_jax.training.search import SearchSource, pack_turns
+from flexattn_jax.training.search import SearchSource
 
 
 @pytest.fixture(scope="module")
