@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from flexattn_jax.config import VLMConfig
-from flexattn_jax.ops.attention import MASKED, attend, merge
+from flexattn_jax.ops.attention import MASKED, attend, merge, scaled_logits, softmax, weighted_blocks
 from flexattn_jax.ops.cache import LayerCache, read_rows, whole, write_rows
 from flexattn_jax.ops.resize import resize_rope
 from flexattn_jax.ops.rope import apply_rope, rope_table
-from flexattn_jax.ops.selection import Selection, cell_tokens, keep_of_listed, list_cells
+from flexattn_jax.ops.selection import SCOPE, Selection, cell_tokens, keep_of_listed, list_cells
+from flexattn_jax.partitioning import constrain, per_sample
 
-CELLS_AT_ONCE = 4  # cells projected or read by one turn of the loops in read_cached
-
+# Cells, by one turn of the loops in read_cached. A token's row misses one or none in most layers, a prompt's all.
+PROJECTED_AT_ONCE, READ_AT_ONCE = 4, 8
 
 Part = tuple[jax.Array, jax.Array]  # output (B, ., H, d) and log-sum-exp (B, ., H)
 
@@ -48,6 +51,7 @@ def make_picture(
     """
     cos, sin = highres_rope(config, start)
     index, valid = cell_tokens(config.highres_grid, config.flexattention.cell_grid)
+    tokens = constrain(tokens, "batch", None, None, None)
     picture = Picture(start, content, tokens, jnp.asarray(valid), cos[:, index], sin[:, index])
     return picture, {"highres_cos": cos, "highres_sin": sin}
 
@@ -70,13 +74,14 @@ def highres_rope(config: VLMConfig, start: jax.Array) -> tuple[jax.Array, jax.Ar
     )
 
 
-def project_cells(
-    tokens: jax.Array, cos: jax.Array, sin: jax.Array, key_kernel: jax.Array, value_kernel: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of high-resolution tokens: tokens (..., D), cos and sin (..., d/2) -> two of (..., J*d)."""
-    key, value = (tokens @ kernel.T.astype(tokens.dtype) for kernel in (key_kernel, value_kernel))
-    heads = key.reshape(*key.shape[:-1], -1, 2 * cos.shape[-1])
-    return apply_rope(heads, cos, sin).reshape(key.shape), value
+def project_keys(tokens: jax.Array, cos: jax.Array, sin: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Rotated keys of high-resolution tokens: tokens (..., D), cos and sin (..., d/2) -> (..., J*d)."""
+    key = _project(tokens, kernel)
+    return apply_rope(key.reshape(*key.shape[:-1], -1, 2 * cos.shape[-1]), cos, sin).reshape(key.shape)
+
+
+def _project(tokens: jax.Array, kernel: jax.Array) -> jax.Array:
+    return constrain(tokens @ kernel.T.astype(tokens.dtype), "batch", *(None,) * (tokens.ndim - 2), "heads")
 
 
 def read_union(
@@ -95,16 +100,20 @@ def read_union(
       key_kernel, value_kernel: (J*d, D).
       capacity: U, static.
     """
+
+    def list_union(keep: jax.Array) -> tuple[jax.Array, jax.Array]:
+        cells, _ = list_cells(keep.any(axis=1), capacity)
+        return cells, keep_of_listed(keep, cells)
+
     tokens, cos, sin, keep = picture.tokens, picture.cos, picture.sin, selection.keep
     valid = jnp.broadcast_to(picture.valid, tokens.shape[:3])
     if capacity < keep.shape[-1]:
-        cells, _ = list_cells(keep.any(axis=1), capacity)
-        tokens, cos, sin, valid = (read_rows(x, (), cells) for x in (tokens, cos, sin, valid))
-        keep = keep_of_listed(keep, cells)
-    key, value = project_cells(tokens, cos, sin, key_kernel, value_kernel)
+        with jax.named_scope(SCOPE):
+            cells, keep = per_sample(list_union, keep)
+            tokens, cos, sin, valid = (read_rows(x, (), cells) for x in (tokens, cos, sin, valid))
+    key, value = project_keys(tokens, cos, sin, key_kernel), _project(tokens, value_kernel)
     mask = keep[..., None] & valid[:, None]  # (B, Q, U, P)
-    flat = lambda x: x.reshape(x.shape[0], -1, x.shape[-1])  # noqa: E731
-    return attend(query, flat(key), flat(value), mask.reshape(*mask.shape[:2], -1))
+    return attend(query, _flat(key), _flat(value), mask.reshape(*mask.shape[:2], -1))
 
 
 def read_cached(
@@ -115,54 +124,114 @@ def read_cached(
     value_kernel: jax.Array,
     cache: LayerCache,
     at: tuple,
+    capacity: int,
+    at_once: int = PROJECTED_AT_ONCE,
 ) -> tuple[Part, LayerCache]:
-    """Reads cells through a cache: a cell is projected when it is first selected and never again.
+    """Reads cells through a cache: a cell's keys are projected when it is first selected and never again.
 
-    The work follows the number of cells selected, not the capacity: both loops run over lists of cells in steps of
-    CELLS_AT_ONCE, as often as the sample with the longest list needs.
+    Values are not kept. They are linear in the features and carry no rotation, so that few rows weigh the features
+    first and project what comes of it: sum_x p_x (W f_x) = W (sum_x p_x f_x). That is exact, a product with W for each
+    row and head in place of one for each token, and half the memory. Many rows project the values on the spot.
+
+    The work follows the number of cells selected, not the capacity: loops run over lists of cells, `at_once` or
+    READ_AT_ONCE a turn, as often as the sample with the longest list needs. Where more than half of all cells are
+    wanted, they are read where they lie, without a list.
 
     Args:
       query: (B, R, H, d).
       selection: (B, Q, C).
+      key_kernel, value_kernel: (J*d, D).
       cache: of this layer, with `at` its index prefix (see ops/cache.py).
+      capacity: K, static, most cells a row of the selection keeps.
+      at_once: cells projected by a turn, static.
 
     Returns:
-      The attention to the selected cells, and the cache with them projected.
+      The attention to the selected cells, and the cache with their keys projected.
     """
-    batch, rows, query_heads, _ = query.shape
     wanted = selection.keep.any(axis=1)
     projected = whole(cache.projected, at)
-    length = -(-wanted.shape[-1] // CELLS_AT_ONCE) * CELLS_AT_ONCE
+    total = wanted.shape[-1]
 
-    missing, missing_count = list_cells(wanted & ~projected, length)
+    missing, missing_count = list_cells(wanted & ~projected, _padded(total, at_once))
 
     def project(state):
-        turn, key_hd, value_hd = state
-        cells = jax.lax.dynamic_slice_in_dim(missing, turn * CELLS_AT_ONCE, CELLS_AT_ONCE, axis=1)
+        turn, key_hd = state
+        cells = jax.lax.dynamic_slice_in_dim(missing, turn * at_once, at_once, axis=1)
         tokens, cos, sin = (read_rows(x, (), cells) for x in (picture.tokens, picture.cos, picture.sin))
-        key, value = project_cells(tokens, cos, sin, key_kernel, value_kernel)
-        return turn + 1, write_rows(key_hd, at, cells, key), write_rows(value_hd, at, cells, value)
+        return turn + 1, write_rows(key_hd, at, cells, project_keys(tokens, cos, sin, key_kernel))
 
-    _, key_hd, value_hd = jax.lax.while_loop(
-        lambda state: state[0] * CELLS_AT_ONCE < missing_count.max(), project, (0, cache.key_hd, cache.value_hd)
-    )
-
-    listed, count = list_cells(wanted, length)
-
-    def read(state):
-        turn, out, lse = state
-        cells = jax.lax.dynamic_slice_in_dim(listed, turn * CELLS_AT_ONCE, CELLS_AT_ONCE, axis=1)
-        key, value = (read_rows(x, at, cells).reshape(batch, -1, x.shape[-1]) for x in (key_hd, value_hd))
-        keep = keep_of_listed(selection.keep, cells)
-        mask = keep[..., None] & picture.valid.at[cells].get(mode="clip")[:, None]
-        out, lse = merge((out, lse), attend(query, key, value, mask.reshape(*keep.shape[:2], -1)))
-        return turn + 1, out, lse
-
-    nothing = jnp.zeros_like(query), jnp.full((batch, rows, query_heads), MASKED, jnp.float32)
-    _, out, lse = jax.lax.while_loop(lambda state: state[0] * CELLS_AT_ONCE < count.max(), read, (0, *nothing))
+    _, key_hd = jax.lax.while_loop(lambda state: state[0] * at_once < missing_count.max(), project, (0, cache.key_hd))
     cache = cache.replace(
         key_hd=key_hd,
-        value_hd=value_hd,
         projected=cache.projected | wanted if not at else cache.projected.at[at].set(projected | wanted),
     )
-    return (out, lse), cache
+
+    listed, count = list_cells(wanted, _padded(total, READ_AT_ONCE))
+    few_rows = query.shape[1] * query.shape[2] <= value_kernel.shape[0]
+    attend_part = attend_features if few_rows else partial(attend_projected, value_kernel=value_kernel)
+    width = picture.tokens.shape[-1] if few_rows else query.shape[-1]
+
+    def read_listed(key_hd):
+        def read(state):
+            turn, *found = state
+            cells = jax.lax.dynamic_slice_in_dim(listed, turn * READ_AT_ONCE, READ_AT_ONCE, axis=1)
+            keep = keep_of_listed(selection.keep, cells)
+            mask = keep[..., None] & picture.valid.at[cells].get(mode="clip")[:, None]
+            part = attend_part(query, read_rows(key_hd, at, cells), read_rows(picture.tokens, (), cells), mask)
+            return turn + 1, *merge(tuple(found), part)
+
+        nothing = jnp.zeros((*query.shape[:3], width), jnp.float32), jnp.full(query.shape[:3], MASKED, jnp.float32)
+        return jax.lax.while_loop(lambda state: state[0] * READ_AT_ONCE < count.max(), read, (0, *nothing))[1:]
+
+    def read_all(key_hd):
+        mask = selection.keep[..., None] & picture.valid
+        return attend_part(query, whole(key_hd, at), picture.tokens, mask)
+
+    if min(capacity * selection.keep.shape[1], total) * 2 <= total:
+        out, lse = read_listed(key_hd)
+    else:
+        out, lse = jax.lax.cond(count.max() * 2 > total, read_all, read_listed, key_hd)
+    if few_rows:
+        out = project_values(out.astype(query.dtype), value_kernel, query.shape[-1])
+    return (out.astype(query.dtype), lse), cache
+
+
+def attend_features(query: jax.Array, key: jax.Array, tokens: jax.Array, mask: jax.Array) -> Part:
+    """What rows attend to in cells, as features, before any projection to values.
+
+    Args:
+      query: (B, R, H, d); key: (B, n, P, J*d), rotated; tokens: (B, n, P, D).
+      mask: bool, (B, R or 1, n, P).
+
+    Returns:
+      (B, R, H, D) float32, and the log-sum-exp (B, R, H).
+    """
+    batch, rows, heads, _ = query.shape
+    logits = scaled_logits(query, _flat(key))
+    weights, lse = softmax(jnp.where(mask.reshape(batch, 1, mask.shape[1], -1), logits, MASKED))
+    weights = weights.reshape(batch, heads, rows, *tokens.shape[1:3]).astype(tokens.dtype)
+    return weighted_blocks(weights, tokens), lse.swapaxes(1, 2)
+
+
+def attend_projected(
+    query: jax.Array, key: jax.Array, tokens: jax.Array, mask: jax.Array, value_kernel: jax.Array
+) -> Part:
+    """`attend` to cells whose values are projected here: arguments of `attend_features`; the output is (B, R, H, d)."""
+    out, lse = attend(query, _flat(key), _flat(_project(tokens, value_kernel)), mask.reshape(*mask.shape[:2], -1))
+    return out.astype(jnp.float32), lse
+
+
+def project_values(features: jax.Array, value_kernel: jax.Array, width: int) -> jax.Array:
+    """Outputs of features that heads have weighed: (B, R, H, D), kernel (J*d, D) with d = width -> (B, R, H, d)."""
+    batch, rows, heads, inputs = features.shape
+    kernel = value_kernel.reshape(-1, width, inputs).astype(features.dtype)
+    grouped = features.reshape(batch, rows, len(kernel), -1, inputs)
+    return jnp.einsum("brjgk,jdk->brjgd", grouped, kernel).reshape(batch, rows, heads, width)
+
+
+def _padded(length: int, step: int) -> int:
+    return -(-length // step) * step
+
+
+def _flat(cells: jax.Array) -> jax.Array:
+    return cells.reshape(cells.shape[0], -1, cells.shape[-1])

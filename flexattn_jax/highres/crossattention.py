@@ -23,6 +23,7 @@ from flexattn_jax.highres.step import Carry
 from flexattn_jax.ops.attention import attend
 from flexattn_jax.ops.cache import close_layer, open_layer, read_sequence, write_sequence
 from flexattn_jax.ops.layers import Linear
+from flexattn_jax.partitioning import constrain
 
 
 @flax.struct.dataclass
@@ -44,7 +45,7 @@ class Positions(nn.Module):
     def __call__(self, features: jax.Array) -> jax.Array:
         """features (B, M, F) -> (B, M, F)."""
         table = self.param("positions", nn.initializers.zeros_init(), features.shape[1:], features.dtype)
-        return features + table.astype(features.dtype)
+        return constrain(features + table.astype(features.dtype), "batch", None, None)
 
 
 class CrossAttention(nn.Module):
@@ -60,19 +61,23 @@ class CrossAttention(nn.Module):
             epsilon=self.config.decoder.norm_eps, dtype=hidden.dtype, param_dtype=hidden.dtype, name="norm"
         )
         query = Linear(settings.width, name="q_proj")(norm(hidden))
-        query = query.reshape(*query.shape[:2], settings.num_heads, -1)
+        query = constrain(query.reshape(*query.shape[:2], settings.num_heads, -1), "batch", None, "heads", None)
         cache, at = (None, ()) if carry.cache is None else open_layer(carry.cache, index)
         if source.tokens is None:
             key, value = read_sequence(cache.key_hd, at), read_sequence(cache.value_hd, at)
         else:
-            key, value = (Linear(settings.width, name=f"{part}_proj")(source.tokens) for part in "kv")
+            key, value = (
+                constrain(Linear(settings.width, name=f"{part}_proj")(source.tokens), "batch", None, "heads")
+                for part in "kv"
+            )
             if cache is not None:
                 cache = cache.replace(
                     key_hd=write_sequence(cache.key_hd, at, key), value_hd=write_sequence(cache.value_hd, at, value)
                 )
         out, _ = attend(query, key, value)
         out_proj = Linear(hidden.shape[-1], kernel_init=nn.initializers.zeros_init(), name="o_proj")
-        out = jnp.where(source.present[:, None, None], out_proj(out.reshape(*out.shape[:2], -1)), 0)
+        out = constrain(out.reshape(*out.shape[:2], -1), "batch", None, "heads")
+        out = constrain(jnp.where(source.present[:, None, None], out_proj(out), 0), "batch", None, None)
         if cache is not None:
             cache = close_layer(carry.cache, index, cache)
         return carry.replace(hidden=hidden + out, cache=cache)

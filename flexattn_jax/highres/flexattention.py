@@ -12,8 +12,8 @@ the picture's high-resolution features, cell by cell:
     cells    = strongest K cells where max-pool(255 * min-max(map)) > threshold       for the layer above
 
 Which rows R read, and how they come by k_hd and v_hd, differs between uses; the algorithm does not:
-  - a prompt, a decoding step:   R = 1, the newest row; cells are projected when first selected and kept
-                                 (`cells.read_cached`)
+  - a prompt, a decoding step:   R = 1, the newest row; keys are projected when a cell is first selected
+                                 and kept, values weighed before they are projected (`cells.read_cached`)
   - scoring of answer options:   R = all option rows of a question, against the same cache
   - training:                    R = rows that predict answers; the union of their cells is projected
                                  (`cells.read_union`)
@@ -23,16 +23,18 @@ Which rows R read, and how they come by k_hd and v_hd, differs between uses; the
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from flexattn_jax.config import FlexAttentionConfig, VLMConfig
-from flexattn_jax.highres.cells import Part, Picture, read_cached, read_union
+from flexattn_jax.highres.cells import PROJECTED_AT_ONCE, Part, Picture, read_cached, read_union
 from flexattn_jax.highres.step import Rows, Step
 from flexattn_jax.ops.attention import merge, row_probabilities
 from flexattn_jax.ops.cache import LayerCache, read_rows, write_rows
 from flexattn_jax.ops.selection import (
+    SCOPE,
     Selection,
     empty_selection,
     keep_cells,
@@ -40,6 +42,7 @@ from flexattn_jax.ops.selection import (
     pool_cells,
     unite_rows,
 )
+from flexattn_jax.partitioning import constrain, per_sample
 
 
 def flex_attention(
@@ -93,7 +96,11 @@ def flex_attention(
     )
     candidate = (picture.start >= 0)[:, None] & (rows.selectors < query.shape[1])
     places = take_rows(positions, rows.selectors)
-    selection = select(config, attention, picture.content, candidate, layer, places, key)
+    with jax.named_scope(SCOPE):
+        keys = sample_keys(config, query.shape[0], key)
+        own = (attention, picture.content, candidate, places, keys)
+        selection = per_sample(partial(select, config), *own, layer, in_axes=(0,) * len(own) + (None,))
+    selection = jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), selection)
     return out, selection, attention
 
 
@@ -108,10 +115,17 @@ def image_map(query: jax.Array, keys: jax.Array, lse: jax.Array, start: jax.Arra
     Returns:
       (B, Q, N) float32.
     """
-    probabilities = row_probabilities(query, keys, lse)
-    return jax.vmap(lambda row_maps, first: jax.lax.dynamic_slice_in_dim(row_maps, first, count, axis=1))(
-        probabilities, jnp.maximum(start, 0)
-    )
+    first, several = jnp.maximum(start, 0), query.shape[1] > 1
+    if several:  # for one row it would cost more to copy the picture's keys than to read all
+        keys = per_sample(partial(_cut, count=count, axis=0), keys, first)
+    # Summed over heads, and so over the devices that they lie on; everything after it is a sample's own affair.
+    probabilities = constrain(row_probabilities(query, keys, lse), "batch", None, None)
+    return probabilities if several else per_sample(partial(_cut, count=count, axis=1), probabilities, first)
+
+
+def _cut(x: jax.Array, first: jax.Array, count: int, axis: int) -> jax.Array:
+    """Entries first (B,) .. first + count - 1 of each sample of x, along an axis of the sample."""
+    return jax.vmap(lambda x, first: jax.lax.dynamic_slice_in_dim(x, first, count, axis))(x, first)
 
 
 def select(
@@ -119,19 +133,17 @@ def select(
     attention: jax.Array,
     content: jax.Array,
     candidate: jax.Array,
-    layer: jax.Array,
     positions: jax.Array,
-    key: jax.Array | None = None,
+    keys: jax.Array | None,
+    layer: jax.Array,
 ) -> Selection:
-    """Cells that each selector row keeps.
+    """Cells that each selector row keeps; each sample's depend on nothing of another.
 
     Args:
       attention: (B, Q, N) map.
       content: (B, N), see Picture.
       candidate: (B, Q) bool, rows that may select at all.
-      layer: (); positions: (B, Q): together with config.seed the source of selector "random", so that a sample's cells
-        do not depend on the batch that it came in.
-      key: in training, in place of config.seed: every step and sample then draws other cells.
+      positions: (B, Q); keys: (B,), of `sample_keys`; layer: (): together the source of selector "random".
 
     Returns:
       At most K cells a row, see FlexAttentionConfig.
@@ -147,14 +159,24 @@ def select(
         wanted = scores > config.threshold if config.selection == "threshold" else scores >= 0
         return keep_cells(scores, everywhere & wanted, config.row_capacity)
     if config.selector == "random":
-        batch = positions.shape[0]
-        keys = jnp.broadcast_to(jax.random.key(config.seed), (batch,)) if key is None else jax.random.split(key, batch)
         scores = random_scores(keys, layer, positions, cells)
     else:  # "center": the nearer to the middle, the stronger
         offset = jnp.arange(config.cell_grid) - (config.cell_grid - 1) / 2
         scores = jnp.broadcast_to(255.0 / (1 + offset[:, None] ** 2 + offset**2).ravel(), everywhere.shape)
     share = max(1, round(config.ablation_share * cells))
     return keep_cells(scores, everywhere, share if config.selection == "threshold" else config.row_capacity)
+
+
+def sample_keys(config: FlexAttentionConfig, batch: int, key: jax.Array | None) -> jax.Array | None:
+    """(B,) random keys of selector "random"; None for any other.
+
+    Args:
+      key: in training: every step and sample then draws other cells. None: config.seed, so that a sample's cells do not
+        depend on the batch that it came in.
+    """
+    if config.selector != "random":
+        return None
+    return jnp.broadcast_to(jax.random.key(config.seed), (batch,)) if key is None else jax.random.split(key, batch)
 
 
 def random_scores(keys: jax.Array, layer: jax.Array, positions: jax.Array, cells: int) -> jax.Array:
@@ -200,13 +222,14 @@ def read_in_layer(
     Returns:
       Attention output (B, T, H, d), the new selection, the cache, and named intermediates.
     """
-    flex = config.flexattention
+    flex, at_once = config.flexattention, 1 if query.shape[1] == 1 else PROJECTED_AT_ONCE
 
     def read(rows_query, cells):
         nonlocal cache
         if cache is None:
             return read_union(rows_query, cells, step.picture, *kernels, flex.sample_capacity)
-        part, cache = read_cached(rows_query, cells, step.picture, *kernels, cache, at)
+        limits = flex.row_capacity, at_once
+        part, cache = read_cached(rows_query, cells, step.picture, *kernels, cache, at, *limits)
         return part
 
     # Nothing is selected yet in the first layer; where layers are scanned, only the selection itself can tell.
@@ -244,4 +267,5 @@ def limit_union(config: FlexAttentionConfig, selection: Selection) -> Selection:
     """The selection inside the union capacity U, for reading with `read_union`."""
     if config.sample_capacity >= config.num_cells:
         return selection
-    return unite_rows(selection, config.sample_capacity)[0]
+    with jax.named_scope(SCOPE):
+        return per_sample(lambda rows: unite_rows(rows, config.sample_capacity)[0], selection)

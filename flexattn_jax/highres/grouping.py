@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from flexattn_jax.config import GroupingConfig
 from flexattn_jax.ops.layers import Linear
+from flexattn_jax.partitioning import constrain
 
 
 class Grouping(nn.Module):
@@ -50,7 +51,7 @@ class Grouping(nn.Module):
         """
         query, keys = self.q_proj(semantic), self.k_proj(patches)
         raw = jnp.einsum("bgd,bnd->bgn", query, keys, preferred_element_type=jnp.float32) * self.width**-0.5
-        member = assign(raw, key, self.config.temperature)
+        member = assign(constrain(raw, "batch", None, None), key, self.config.temperature)
         total = jnp.einsum("bgn,bnd->bgd", member, self.v_proj(patches).astype(jnp.float32))
         mean = total / (1 + member.sum(axis=-1, keepdims=True))
         groups = semantic + self.o_proj(mean.astype(semantic.dtype))

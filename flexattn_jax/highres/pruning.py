@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flexattn_jax.config import ReductionConfig
 from flexattn_jax.highres.flexattention import image_map, put_rows, take_rows
 from flexattn_jax.highres.step import Slots, Step
+from flexattn_jax.partitioning import per_sample
 
 
 def rank_slots(query: jax.Array, keys: jax.Array, lse: jax.Array, slots: Slots, count: int) -> jax.Array:
@@ -38,7 +39,7 @@ def rank_slots(query: jax.Array, keys: jax.Array, lse: jax.Array, slots: Slots, 
 
 def keep_strongest(scores: jax.Array, count: int) -> jax.Array:
     """(B, n) float32 -> (B, n) bool, exactly `count` True: the strongest; of equal scores the first."""
-    _, best = jax.lax.top_k(scores, count)
+    best = per_sample(lambda scores: jax.lax.top_k(scores, count)[1], scores)
     return mark_rows(best, scores.shape[1])
 
 
@@ -71,11 +72,11 @@ def drop_slots(
     kept_slots = keep_strongest(scores, count)
     slot = place - start
     is_slot = (slot >= 0) & (slot < slots)
-    keep = ~is_slot | jnp.take_along_axis(kept_slots, jnp.clip(slot, 0, slots - 1), axis=1)
+    keep = ~is_slot | take_rows(kept_slots, jnp.clip(slot, 0, slots - 1))
     keep = jnp.where(start >= 0, keep, place < length - slots + count)
     kept = list_kept(keep, length - slots + count)
-    row = jnp.take_along_axis(jnp.cumsum(keep, axis=1), row, axis=1) - 1
-    positions = jnp.take_along_axis(step.positions, kept, axis=1)
+    row = take_rows(jnp.cumsum(keep, axis=1), row) - 1
+    positions = take_rows(step.positions, kept)
     if config.method == "pyramiddrop":
         positions = jnp.broadcast_to(jnp.arange(kept.shape[1]), kept.shape)
     step = step.replace(positions=positions, slots=step.slots.replace(row=row[:, 0]))

@@ -47,7 +47,7 @@ class Step:
     picture: high-resolution features, of the system's own type; None where no row of this call reads any.
     rows: of FlexAttention, None as picture.
     slots: of token dropping; None where nothing is dropped.
-    alpha: () float32, see flex_attention; None: 1.
+    alpha: () or (B, 1, 1, 1) float32, see flex_attention; None: 1.
     key: random key of selector "random"; None: FlexAttentionConfig.seed.
     given: (layers of the second segment, B, Q, C) bool, cells read in each layer in place of those selected, to
       find out what the selection is worth; without a cache only. The first layer reads none.

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 
 from flexattn_jax.ops.layers import Linear
+from flexattn_jax.partitioning import constrain
 
 
 class Connector(nn.Module):
@@ -17,4 +18,5 @@ class Connector(nn.Module):
     def __call__(self, features: jax.Array) -> jax.Array:
         """features (B, n, Dv) -> (B, n, D)."""
         hidden = jax.nn.gelu(Linear(self.width, True, name="fc1")(features), approximate=False)
-        return Linear(self.width, True, name="fc2")(hidden)
+        hidden = constrain(hidden, "batch", None, "mlp")
+        return constrain(Linear(self.width, True, name="fc2")(hidden), "batch", None, None)

@@ -14,8 +14,9 @@ from flexattn_jax.highres.crossattention import CrossAttention
 from flexattn_jax.highres.step import Carry, Step
 from flexattn_jax.ops.attention import attend, attend_blocks, merge
 from flexattn_jax.ops.cache import SegmentCache, close_layer, open_layer, read_sequence, write_sequence
-from flexattn_jax.ops.layers import Kernel, Linear, layer_stack
+from flexattn_jax.ops.layers import Kernel, Linear, layer_stack, product
 from flexattn_jax.ops.rope import apply_rope, rope_table
+from flexattn_jax.partitioning import constrain
 
 
 class SelfAttention(nn.Module):
@@ -34,7 +35,8 @@ class SelfAttention(nn.Module):
             for part, heads in (("q", decoder.num_heads), ("k", decoder.num_kv_heads), ("v", decoder.num_kv_heads))
         )
         query, key = apply_rope(query, step.cos, step.sin), apply_rope(key, step.cos, step.sin)
-        key, value = (part.reshape(batch, length, -1) for part in (key, value))
+        query = constrain(query, "batch", None, "heads", None)
+        key, value = (constrain(part.reshape(batch, length, -1), "batch", None, "heads") for part in (key, value))
 
         cache, at = (None, ()) if carry.cache is None else open_layer(carry.cache, index)
         if cache is not None and step.append:
@@ -69,7 +71,8 @@ class SelfAttention(nn.Module):
                 )
         elif selection is not None:
             selection = pruning.rank_slots(query, keys, sequence[1], step.slots, self.segment.num_slots)
-        out = Linear(decoder.width, name="o_proj")(out.reshape(batch, length, -1))
+        out = constrain(out.reshape(batch, length, -1), "batch", None, "heads")
+        out = constrain(Linear(decoder.width, name="o_proj")(out), "batch", None, None)
         if cache is not None:
             cache = close_layer(carry.cache, index, cache)
         return out, Carry(hidden=carry.hidden, selection=selection, cache=cache), named
@@ -84,7 +87,8 @@ class GatedMLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., D) -> (..., D)."""
         gate, up = Linear(self.width, name="gate_proj")(x), Linear(self.width, name="up_proj")(x)
-        return Linear(x.shape[-1], name="down_proj")(jax.nn.silu(gate) * up)
+        hidden = constrain(jax.nn.silu(gate) * up, "batch", None, "mlp")
+        return constrain(Linear(x.shape[-1], name="down_proj")(hidden), "batch", None, None)
 
 
 class DecoderLayer(nn.Module):
@@ -125,19 +129,25 @@ class Decoder(nn.Module):
         )
         self.final_norm = rms_norm(decoder, dtype, "final_norm")
         if not decoder.tie_embeddings:
-            self.lm_head = Linear(decoder.vocab_size)
+            self.lm_head = Kernel(decoder.vocab_size, decoder.width, dtype)
 
     def embed(self, token_ids: jax.Array) -> jax.Array:
         """token_ids (B, T) int32 -> (B, T, D)."""
-        return self.embedding[token_ids].astype(self.config.dtype)
+        # Brought together first: looked up in parts, rows would go from device to device.
+        table = constrain(self.embedding.astype(self.config.dtype), None, None)
+        return constrain(table[token_ids], "batch", None, None)
+
+    def head(self) -> jax.Array:
+        """(V, D), in the model's type."""
+        return self._head().astype(self.config.dtype)
+
+    def _head(self) -> jax.Array:
+        return self.embedding if self.config.decoder.tie_embeddings else self.lm_head()
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden (..., D), after the final norm -> (..., V) float32."""
-        if self.config.decoder.tie_embeddings:
-            logits = hidden @ self.embedding.T.astype(hidden.dtype)
-        else:
-            logits = self.lm_head(hidden)
-        return logits.astype(jnp.float32)
+        logits = product(hidden, self._head())
+        return constrain(logits.astype(jnp.float32), "batch", *(None,) * (logits.ndim - 2), "vocab")
 
     @nn.compact
     def __call__(

@@ -42,6 +42,9 @@ def step_flops(config: VLMConfig, batch: int, length: int, readers: int, trains_
     decoder, flex = config.decoder, config.flexattention
     width, inner, kv = decoder.width, decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
     backward = 2 if trains_decoder else 1  # with respect to the inputs, and to the weights
+    # What cross-attention reads has a gradient, too: for its positions, and for the connector where that is the source.
+    through_connector = config.crossattention is not None and config.crossattention.source == "connector"
+    passes_on = trains_decoder or through_connector
 
     total = 2 * length * width * decoder.vocab_size * (1 + backward)
     for segment in config.segments:
@@ -51,11 +54,12 @@ def step_flops(config: VLMConfig, batch: int, length: int, readers: int, trains_
         total += segment.num_layers * (
             (weights + cross_weights) * (1 + backward)
             + (attention + cross_attention) * 3
-            + cross_source * (2 if trains_decoder else 1)  # features have no gradient: only that of the weights
+            + cross_source * (1 + trains_decoder + passes_on)
         )
 
     # The tower gets no gradient, nor does the connector through what FlexAttention reads (released code).
-    total += tower_flops(config) + connector_flops(config) + 2 * _connector(config, config.num_slots)
+    with_gradient = config.num_slots + (config.highres_grid**2 if through_connector else 0)
+    total += tower_flops(config) + connector_flops(config) + 2 * _connector(config, with_gradient)
     total += sum(grouping_flops(config))
 
     if config.reads_highres:
@@ -69,15 +73,17 @@ def step_flops(config: VLMConfig, batch: int, length: int, readers: int, trains_
     return float(batch * total)
 
 
-def prefill_flops(config: VLMConfig, text_tokens: int, cells_projected: float = 0.0, cells_read: float = 0.0) -> float:
+def prefill_flops(
+    config: VLMConfig, text_tokens: int, cells_projected: float = 0.0, cells_read: float = 0.0, one_row: bool = False
+) -> float:
     """Operations from a picture and a prompt to logits at every position: tower, grouping, connector, decoder, head.
 
     Args:
-      text_tokens: beside the picture's slots; cells_projected, cells_read: see `decoder_flops`.
+      text_tokens: beside the picture's slots; cells_projected, cells_read, one_row: see `decoder_flops`.
     """
     length = config.num_slots + text_tokens
     head = 2 * length * config.decoder.width * config.decoder.vocab_size
-    decoder = decoder_flops(config, length, cells_projected, cells_read)
+    decoder = decoder_flops(config, length, cells_projected, cells_read, one_row)
     return tower_flops(config) + grouping_flops(config)[0] + connector_flops(config) + decoder + head
 
 
@@ -132,13 +138,17 @@ def _connector(config: VLMConfig, tokens: int) -> float:
     return float(2 * tokens * (config.vision.width * width + width * width))
 
 
-def decoder_flops(config: VLMConfig, length: int, cells_projected: float = 0.0, cells_read: float = 0.0) -> float:
+def decoder_flops(
+    config: VLMConfig, length: int, cells_projected: float = 0.0, cells_read: float = 0.0, one_row: bool = False
+) -> float:
     """Operations of the decoder's layers for a prompt and its answer, each position once.
 
     Args:
       length: positions where the decoder begins, the picture's tokens in the sequence included.
       cells_projected: FlexAttention's cells whose keys and values are computed, in all layers together.
       cells_read: cells that rows read, in all rows and layers together.
+      one_row: one row a layer reads cells, through a cache, and so weighs features before it projects them to values
+        (`cells.read_cached`); False: the values of every cell projected are computed.
     """
     decoder, total = config.decoder, 0.0
     for segment in config.segments:
@@ -147,7 +157,13 @@ def decoder_flops(config: VLMConfig, length: int, cells_projected: float = 0.0, 
     if cells_projected or cells_read:
         tokens = cell_tokens(config.highres_grid, config.flexattention.cell_grid)[0].shape[1]
         kv, inner = decoder.num_kv_heads * decoder.head_dim, decoder.num_heads * decoder.head_dim
-        total += tokens * (4 * decoder.width * kv * cells_projected + 4 * inner * cells_read)
+        keys = 2 * decoder.width * kv * cells_projected + 2 * inner * cells_read
+        if one_row:
+            values = 2 * decoder.num_heads * decoder.width * cells_read
+            total += 2 * (config.num_flex_layers - 1) * inner * decoder.width
+        else:
+            values = 2 * decoder.width * kv * cells_projected + 2 * inner * cells_read
+        total += tokens * (keys + values)
     return total
 
 

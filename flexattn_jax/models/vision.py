@@ -13,6 +13,7 @@ import numpy as np
 from flexattn_jax.config import ConvVisionConfig, VisionConfig
 from flexattn_jax.ops.attention import attend, merge, row_probabilities
 from flexattn_jax.ops.layers import Linear, activation, layer_stack
+from flexattn_jax.partitioning import constrain
 
 
 @flax.struct.dataclass
@@ -138,7 +139,7 @@ class Block(nn.Module):
         normed = tokens.replace(x=norm1(x), semantic=None if semantic is None else norm1(semantic))
         read = Attention(config.num_heads, name="self_attn")(normed)
         x = x + read.x
-        x = x + mlp(norm2(x))
+        x = constrain(x + mlp(norm2(x)), "tiles", None, None)
         if semantic is not None:
             semantic = semantic + read.semantic
             semantic = semantic + mlp(norm2(semantic))
@@ -186,7 +187,7 @@ class VisionTower(nn.Module):
         grid = side // patch
         patches = pixels.astype(self.dtype).reshape(batch, 3, grid, patch, grid, patch)
         patches = patches.transpose(0, 2, 4, 1, 3, 5).reshape(batch, grid**2, 3 * patch**2)
-        x = Linear(config.width, name="patch_embedding")(patches)
+        x = Linear(config.width, name="patch_embedding")(constrain(patches, "tiles", None, None))
 
         init = nn.initializers.normal(0.02)
         class_token = self.param("class_embedding", init, (config.width,), self.dtype).astype(self.dtype)
@@ -219,12 +220,15 @@ class VisionTower(nn.Module):
         if pixels is None:
             return Views(self(small))
         batch, parts = small.shape[0], tile(pixels, tiles)
-        if parts.shape[1:] == small.shape[1:]:  # one batch for the tower
-            features = self(jnp.concatenate([small, parts]))
-            lowres, highres = features[:batch], features[batch:]
+        if parts.shape[1:] == small.shape[1:]:  # one batch for the tower, a sample's own squares side by side in it
+            every = jnp.concatenate([small[:, None], parts.reshape(batch, -1, *small.shape[1:])], axis=1)
+            features = self(every.reshape(-1, *small.shape[1:]))
+            features = features.reshape(batch, -1, *features.shape[1:])
+            lowres, highres = features[:, 0], features[:, 1:]
         else:
             lowres, highres = self(small), self(parts)
-        highres = highres.reshape(batch, -1, highres.shape[-1])
+        highres = constrain(highres.reshape(batch, -1, highres.shape[-1]), "batch", None, None)
+        lowres = constrain(lowres, "batch", None, None)
         return Views(lowres, highres[:, untile_index(tiles, parts.shape[-1] // self.config.patch_size)])
 
 
@@ -247,7 +251,8 @@ class ConvBlock(nn.Module):
         """x (B, g, g, c) -> (B, g, g, c)."""
         config = self.config
         hidden = convolution(config.mlp_dim, 3, 1, x.dtype, "conv")(layer_norm(config, x.dtype, "norm")(x))
-        return x + Linear(x.shape[-1], True, name="fc")(activation("gelu_tanh")(hidden)), None
+        x = x + Linear(x.shape[-1], True, name="fc")(activation("gelu_tanh")(hidden))
+        return constrain(x, "tiles", None, None, None), None
 
 
 def convolution(features: int, window: int, stride: int, dtype: jnp.dtype, name: str) -> nn.Conv:

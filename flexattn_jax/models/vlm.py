@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flexattn_jax.config import VLMConfig
 from flexattn_jax.highres.cells import Picture, make_picture
 from flexattn_jax.highres.crossattention import Positions, Source
+from flexattn_jax.highres.flexattention import take_rows
 from flexattn_jax.highres.grouping import Grouping
 from flexattn_jax.highres.reduction import reduce_features
 from flexattn_jax.highres.step import Rows, Slots, Step
@@ -21,6 +22,7 @@ from flexattn_jax.models.vision import Views, build_tower
 from flexattn_jax.ops.cache import SegmentCache, new_cache
 from flexattn_jax.ops.resize import downscale
 from flexattn_jax.ops.selection import cell_tokens
+from flexattn_jax.partitioning import constrain
 
 
 @flax.struct.dataclass
@@ -66,9 +68,9 @@ class VLM(nn.Module):
         if config.grouping is not None:
             self.grouping = Grouping(config.grouping, config.vision.width, jnp.dtype(config.dtype))
 
-    def tower(self, pixels: jax.Array) -> jax.Array:
-        """The tower alone, with gradient: (B, 3, s, s), normalised -> (B, (s / patch)**2, Dv)."""
-        return self.vision(pixels)
+    def tokens(self, pixels: jax.Array) -> jax.Array:
+        """Tower and connector, with gradient: (B, 3, s, s), normalised -> (B, (s / patch)**2, D)."""
+        return self.connector(self.vision(pixels))
 
     def see(self, pixels: jax.Array) -> Views:
         """The tower's features of pictures (B, 3, S, S), normalised, that the model reads; without gradient.
@@ -151,7 +153,7 @@ class VLM(nn.Module):
         slot = jnp.arange(hidden.shape[1]) - batch.image_start[:, None]  # (B, T)
         is_slot = (slot >= 0) & (slot < config.num_slots) & (batch.image_start >= 0)[:, None]
         tokens = jnp.take_along_axis(features.lowres, jnp.clip(slot, 0, config.num_slots - 1)[..., None], axis=1)
-        hidden = jnp.where(is_slot[..., None], tokens, hidden)
+        hidden = constrain(jnp.where(is_slot[..., None], tokens, hidden), "batch", None, None)
         if config.crossattention is not None:
             return hidden, Source(features.highres, batch.image_start >= 0), None, named
         if features.highres is not None:
@@ -179,7 +181,8 @@ class VLM(nn.Module):
             sample, as in inference. In training: the rows that predict answers. Variant "paper": all rows read, and
             the first of these rows selects for all.
           alpha: () float32, weight of high resolution during training's warm-up; None: 1.
-          key: in this step of training, of selector "random" (None: its seed) and of grouping's noise (None: none).
+          key: in this step of training, of selector "random" (None: its seed), of FlexAttentionConfig.dropout and of
+            grouping's noise (None: neither).
           given: (layers, B, Q, C) bool, cells to read in place of those selected, see Step.
           capture: keep maps and hidden states of every layer.
 
@@ -189,6 +192,20 @@ class VLM(nn.Module):
         Raises:
           BatchError: texts that share a beginning, for variant "paper".
         """
+        hidden, named = self.hidden_states(batch, features, readers, alpha, key, given, capture)
+        return self.decoder.logits(hidden), named
+
+    def hidden_states(
+        self,
+        batch: Batch,
+        features: Features | None = None,
+        readers: jax.Array | None = None,
+        alpha: jax.Array | None = None,
+        key: jax.Array | None = None,
+        given: jax.Array | None = None,
+        capture: bool = False,
+    ) -> tuple[jax.Array, dict]:
+        """`__call__` up to the final norm, (B, T, D) in place of logits: a loss need not have all logits at once."""
         hidden, picture, slots, named = self.assemble(batch, features, key)
         length = hidden.shape[1]
         last = batch.lengths[:, None] - 1
@@ -212,16 +229,29 @@ class VLM(nn.Module):
             picture=picture,
             rows=self._rows(picture, readers, length),
             slots=None if slots is None else slots.replace(row=jnp.minimum(readers[:, 0], last[:, 0])),
-            alpha=alpha,
+            alpha=self._alpha(picture, alpha, key),
             key=key,
             given=given,
             capture=capture,
         )
         hidden, _, layers = self.decoder(hidden, step, None)
-        return self.decoder.logits(hidden), named | layers
+        return hidden, named | layers
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden (..., D) of `hidden_states` -> (..., V) float32."""
+        return self.decoder.logits(hidden)
+
+    def head(self) -> jax.Array:
+        """(V, D), which makes them, in the model's type."""
+        return self.decoder.head()
 
     def prefill(
-        self, batch: Batch, cache_length: int, features: Features | None = None, capture: bool = False
+        self,
+        batch: Batch,
+        cache_length: int,
+        features: Features | None = None,
+        capture: bool = False,
+        ends: bool = True,
     ) -> tuple[jax.Array, Memory, dict]:
         """Reads prompts into a cache; the last token of each reads high resolution.
 
@@ -229,6 +259,7 @@ class VLM(nn.Module):
           batch: see Batch.
           cache_length: sequence positions to make room for, at least T.
           features: of its pictures; None: they are encoded here.
+          ends: False: these are beginnings of prompts (see `extend`), and no token reads high resolution.
 
         Returns:
           Logits of the last prompt token (B, V) float32 (with capture: of all, (B, T, V)), the memory, and named
@@ -245,17 +276,38 @@ class VLM(nn.Module):
         step = Step(
             positions=jnp.broadcast_to(jnp.arange(length), hidden.shape[:2]),
             picture=picture,
-            rows=self._rows(picture, last, length),
+            rows=self._rows(picture, last if ends else jnp.full_like(last, length), length),
             slots=None if slots is None else slots.replace(row=last[:, 0]),
             capture=capture,
         )
         cache = new_cache(self.config, hidden.shape[0], cache_length, picture is not None or slots is not None)
         hidden, cache, layers = self.decoder(hidden, step, cache)
         if not capture:
-            hidden = jnp.take_along_axis(hidden, last[..., None], axis=1)[:, 0]
+            hidden = take_rows(hidden, last)[:, 0]
         if self.config.crossattention is not None and picture is not None:
             picture = picture.replace(tokens=None)  # the cache has their keys and values
         return self.decoder.logits(hidden), Memory(cache, batch.lengths, picture, slots), named | layers
+
+    def extend(self, memory: Memory, token_ids: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Memory, dict]:
+        """Reads what follows the beginnings of prompts; the last token of each reads high resolution, as in `prefill`.
+
+        Args:
+          memory: of the beginnings, with room for token_ids.
+          token_ids: (B, n) int32, right-padded; lengths: (B,) int32, at least 1.
+
+        Returns:
+          Logits of the last token (B, V) float32, the memory of the whole prompts, and named intermediates.
+        """
+        length, last = token_ids.shape[1], lengths[:, None] - 1
+        step = Step(
+            positions=memory.lengths[:, None] + jnp.arange(length),
+            past=memory.lengths,
+            picture=memory.picture,
+            rows=self._rows(memory.picture, last, length),
+        )
+        hidden, cache, named = self.decoder(self.decoder.embed(token_ids), step, memory.cache)
+        hidden = take_rows(hidden, last)[:, 0]
+        return self.decoder.logits(hidden), memory.replace(cache=cache, lengths=memory.lengths + lengths), named
 
     def decode(self, memory: Memory, token_ids: jax.Array, capture: bool = False) -> tuple[jax.Array, Memory, dict]:
         """One more token for each sample; it reads high resolution and selects for itself.
@@ -319,6 +371,16 @@ class VLM(nn.Module):
             return Rows(readers, readers)
         every = jnp.broadcast_to(jnp.arange(length), (readers.shape[0], length))
         return Rows(every, readers[:, :1])
+
+    def _alpha(
+        self, picture: Picture | Source | None, alpha: jax.Array | None, key: jax.Array | None
+    ) -> jax.Array | None:
+        """Weight of high resolution, (B, 1, 1, 1) where some samples of this step go without; see Step.alpha."""
+        if key is None or not isinstance(picture, Picture) or not self.config.flexattention.dropout:
+            return alpha
+        shape = (picture.start.shape[0], 1, 1, 1)
+        kept = jax.random.bernoulli(jax.random.fold_in(key, 1), 1 - self.config.flexattention.dropout, shape)
+        return kept * (jnp.float32(1) if alpha is None else alpha)
 
 
 def block_positions(length: int, beginning: int, block: int) -> jax.Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from flexattn_jax.config import Segment, VLMConfig
 from flexattn_jax.ops.selection import cell_tokens
+from flexattn_jax.partitioning import per_sample
 
 
 @flax.struct.dataclass
@@ -24,8 +25,9 @@ class LayerCache:
     and 676 positions on 2 cores, projections included).
 
     key, value: (B, S, J*d) of the sequence; (S, J*d) for one sample of an unrolled layer.
-    key_hd, value_hd: (B, C, P, J*d) of high-resolution cells, filled when a cell is first selected; or, of
-      cross-attention, (B, M, its width), without B as `key`; None where no layer of the segment reads any.
+    key_hd: (B, C, P, J*d), keys of high-resolution cells, filled when a cell is first selected; None where no layer of
+      the segment reads any. Values are not kept (`cells.read_cached`).
+    key_hd, value_hd: of cross-attention, (B, M, its width), without B as `key`.
     projected: (B, C) bool, cells that are filled.
     """
 
@@ -45,7 +47,7 @@ def new_cache(config: VLMConfig, batch: int, length: int, pictures: bool) -> dic
     Args:
       batch: B.
       length: S, sequence positions to make room for where the decoder begins; later segments may need fewer.
-      pictures: some sample has a picture: make room for its high-resolution keys and values, and none for the tokens
+      pictures: some sample has a picture: make room for its high-resolution keys, and none for the tokens
         that a segment does without.
     """
     decoder, dtype = config.decoder, jnp.dtype(config.dtype)
@@ -63,7 +65,6 @@ def new_cache(config: VLMConfig, batch: int, length: int, pictures: bool) -> dic
         cells = cell_tokens(config.highres_grid, config.flexattention.cell_grid)[0].shape
         return cache.replace(
             key_hd=jnp.zeros((*lead, batch, *cells, width), dtype),
-            value_hd=jnp.zeros((*lead, batch, *cells, width), dtype),
             projected=jnp.zeros((*lead, batch, cells[0]), bool),
         )
 
@@ -113,11 +114,19 @@ def write_sequence(array: jax.Array, at: tuple, values: jax.Array, first: jax.Ar
 
 def write_rows(array: jax.Array, at: tuple, places: jax.Array, values: jax.Array) -> jax.Array:
     """Writes values (B, n, ...) to places (B, n) of axis 1; a place outside the array is dropped."""
-    samples = jnp.arange(places.shape[0])[:, None]
-    return array.at[(*at, samples, places)].set(values, mode="drop")
+
+    def write(array: jax.Array, at: tuple, places: jax.Array, values: jax.Array) -> jax.Array:
+        samples = jnp.arange(places.shape[0])[:, None]
+        return array.at[(*at, samples, places)].set(values, mode="drop")
+
+    return per_sample(write, array, at, places, values, in_axes=(len(at), None, 0, 0), out_axis=len(at))
 
 
 def read_rows(array: jax.Array, at: tuple, places: jax.Array) -> jax.Array:
     """Entries at places (B, n) of axis 1: (B, n, ...); a place outside the array gives its last entry."""
-    samples = jnp.arange(places.shape[0])[:, None]
-    return array.at[(*at, samples, places)].get(mode="clip")
+
+    def read(array: jax.Array, at: tuple, places: jax.Array) -> jax.Array:
+        samples = jnp.arange(places.shape[0])[:, None]
+        return array.at[(*at, samples, places)].get(mode="clip")
+
+    return per_sample(read, array, at, places, in_axes=(len(at), None, 0))

@@ -9,6 +9,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flexattn_jax.ops.blockwise import KEPT
+
+
+def product(x: jax.Array, kernel: Any) -> jax.Array:
+    """x (..., in) times a matrix stored (out, in) -> (..., out), in the type of x.
+
+    Args:
+      kernel: an array; or int8 with a scale for each row (`checkpoints.quantize`), which multiplies what comes out.
+    """
+    matrix = getattr(kernel, "qvalue", kernel).astype(x.dtype)
+    y = jax.lax.dot_general(x, matrix, (((x.ndim - 1,), (1,)), ((), ())))
+    return (y * kernel.scale[:, 0]).astype(x.dtype) if hasattr(kernel, "qvalue") else y
+
 
 class Linear(nn.Module):
     """y = x W^T + b with W stored (out, in), as published checkpoints store it.
@@ -24,8 +37,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., in) -> (..., features), in the type of x."""
-        kernel = self.param("kernel", self.kernel_init, (self.features, x.shape[-1]), x.dtype).astype(x.dtype)
-        y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ())))
+        y = product(x, self.param("kernel", self.kernel_init, (self.features, x.shape[-1]), x.dtype))
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros_init(), (self.features,), x.dtype).astype(x.dtype)
         return y
@@ -53,6 +65,15 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     }[name]
 
 
+def _of_rows_and_weights(primitive: Any, *operands: Any, **parameters: Any) -> bool:
+    """Whether it is a product of rows (B, T, .) with weights.
+
+    Keys and values of cells (B, U, P, .) are not kept: all 81 cells of a sample would be more than all else of a layer.
+    """
+    kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **parameters)
+    return kept and operands[0].ndim <= 3
+
+
 def layer_stack(
     layer: type[nn.Module], name: str, length: int, scan: bool, remat: str = "none", **kwargs: Any
 ) -> Callable:
@@ -66,12 +87,14 @@ def layer_stack(
       scan: True: one compiled body, parameters stacked on axis 0 under `name`. False: one body a layer, parameters
         under `name`_0, `name`_1, ...: compiles slower, but on CPU no layer's weights are copied out of the stack.
       remat: what the backward pass computes again instead of keeping it: "none"; "full", all but the layers' inputs;
-        "dots", all but those and the results of products with weights.
+        "dots", all but those, the results of rows' products with weights, and those of attention.
       **kwargs: of the layer's constructor.
     """
     if remat != "none":
         # Inside a scan nothing can be merged across layers anyway; index (argument 2) is a Python int without one.
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+        policies = jax.checkpoint_policies
+        dots = policies.save_from_both_policies(_of_rows_and_weights, policies.save_only_these_names(KEPT))
+        policy = dots if remat == "dots" else None
         layer = nn.remat(layer, policy=policy, prevent_cse=not scan, static_argnums=() if scan else (2,))
     if scan:
 

@@ -12,6 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+SCOPE = "selection"  # jax.named_scope of choosing and gathering cells; profiles and costs/ know them by it
+_STEPS = 64  # of 1 in 0..255; rounding moves a strength by 0.0002
+
 
 @flax.struct.dataclass
 class Selection:
@@ -124,14 +127,15 @@ def unite_rows(selection: Selection, capacity: int) -> tuple[Selection, jax.Arra
 
     Args:
       selection: of Q rows.
-      capacity: U, static. Beyond it the cells that are weakest in every row are dropped from all rows and counted.
+      capacity: U, static. Beyond it the cells that are weakest in every row are dropped from all rows and counted;
+        of cells whose strengths differ by rounding alone, those with the highest numbers.
 
     Returns:
       The rows' selection inside the union, and the union (B, C) bool.
     """
-    union = keep_cells(
-        selection.strength.max(axis=1, keepdims=True), selection.keep.any(axis=1, keepdims=True), capacity
-    )
+    # Every row's strongest cells have 255, but for rounding; in steps that it does not reach, they are equal.
+    strength = jnp.round(_STEPS * selection.strength.max(axis=1, keepdims=True))
+    union = keep_cells(strength, selection.keep.any(axis=1, keepdims=True), capacity)
     keep = selection.keep & union.keep
     dropped = (selection.keep & ~union.keep).sum(axis=-1, dtype=jnp.int32)
     united = Selection(

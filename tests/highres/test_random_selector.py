@@ -11,7 +11,7 @@ from mini_search import mini_config
 from flexattn_jax.checkpoints.trees import unstack_layers
 from flexattn_jax.config import FlexAttentionConfig
 from flexattn_jax.highres import flexattention
-from flexattn_jax.highres.flexattention import select
+from flexattn_jax.highres.flexattention import sample_keys, select
 from flexattn_jax.inputs.batching import Sample
 from flexattn_jax.models.vlm import VLM
 from flexattn_jax.training.data import TrainSample, collate
@@ -26,7 +26,8 @@ def kept(positions, layer=2, config=CONFIG, key=None, candidate=None):
     nothing = np.zeros((*positions.shape, 16), np.float32)
     content = np.ones((len(positions), 16), bool)
     candidate = np.ones(positions.shape, bool) if candidate is None else candidate
-    return np.asarray(select(config, nothing, content, candidate, jnp.int32(layer), positions, key).keep)
+    keys = sample_keys(config, len(positions), key)
+    return np.asarray(select(config, nothing, content, candidate, positions, keys, jnp.int32(layer)).keep)
 
 
 @settings(deadline=None, max_examples=6)
@@ -71,7 +72,7 @@ def test_training_draws_by_its_key_and_evaluation_by_the_seed(monkeypatch):
     sample = TrainSample(Sample([1, 5, -200, 7, 9, 12, 13], np.zeros((3, 96, 96), np.float32)), np.arange(7) > 4)
     batch = collate([sample, sample], config, 24, 4)
     keys = []
-    monkeypatch.setattr(flexattention, "select", lambda *args: (keys.append(args[-1]), select(*args))[1])
+    monkeypatch.setattr(flexattention, "sample_keys", lambda *args: (keys.append(args[-1]), sample_keys(*args))[1])
     for key in (jax.random.key(3), None):
         jax.eval_shape(vlm_loss(VLM(config)), params, batch, jnp.float32(1), key)
     in_layers, without = keys[:2], keys[2:]

@@ -104,8 +104,9 @@ def test_packed_texts_are_learned_from_as_alone():
     def learn(params, batches):
         def loss_of(params, batch):
             # The loss is a mean over the batch's answers; a sum is what adds up.
-            loss, (logits, named) = next_token_loss(VLM(config), params, batch.batch, batch.labels, batch.readers)
-            return loss * batch.learned, (logits, named["cells"])
+            arguments = batch.batch, batch.labels, batch.readers
+            loss, named = next_token_loss(VLM(config), params, *arguments, capture=True)
+            return loss * batch.learned, (named["logits"], named["cells"])
 
         return jax.lax.map(lambda batch: jax.value_and_grad(loss_of, has_aux=True)(params, batch), batches)
 

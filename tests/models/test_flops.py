@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flexattn_jax.checkpoints.trees import param_shapes
 from flexattn_jax.config import override, preset
 from flexattn_jax.inputs.batching import Batch
 from flexattn_jax.models.flops import peak_flops, step_flops
@@ -12,7 +13,6 @@ from flexattn_jax.models.vlm import VLM
 from flexattn_jax.ops import attention
 from flexattn_jax.training.data import TrainBatch
 from flexattn_jax.training.optimizer import join_params, split_params
-from flexattn_jax.training.start import param_shapes
 from flexattn_jax.training.step import vlm_loss
 
 BATCH, LENGTH, READERS = 2, 256, 8

@@ -1,5 +1,8 @@
 """Attention with log-sum-exp, and its merge, against straightforward float64."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexattn_jax.ops.attention import attend, merge
+from flexattn_jax.ops import blockwise
+from flexattn_jax.ops.attention import _all_heads, attend, merge
 
 
 def reference(query, key, value, mask):
@@ -95,3 +99,63 @@ def test_bfloat16_inputs_keep_a_float32_log_sum_exp():
     out, lse = attend(*(jnp.asarray(x, jnp.bfloat16) for x in (query, key, value)), mask)
     assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
     np.testing.assert_allclose(lse, reference(query, key, value, mask)[1], atol=0.05)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("apart", [False, True])
+def test_attention_by_rows_is_that_of_all_heads_and_so_is_its_gradient(monkeypatch, causal, kv_heads, apart):
+    for name, value in {"ROWS_AT_ONCE": 3, "LANES": 8, "FEW_LOGITS": 1, "LOGITS_AT_ONCE": 21}.items():
+        monkeypatch.setattr(blockwise, name, value)
+    query, key, value, mask = arrays(5, rows=7, kv_heads=kv_heads)
+    mask = np.tril(np.ones((1, 7, 7), bool)) if causal else mask
+
+    def gradients(attention):
+        def number(q, k, v):
+            out, lse = attention(q, k, v, mask)
+            return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(lse))
+
+        return jax.value_and_grad(number, (0, 1, 2))(query, key, value)
+
+    by_rows = functools.partial(blockwise.attend_by_rows, causal=causal, apart=apart)
+    for one, other in zip(by_rows(query, key, value, mask), _all_heads(query, key, value, mask), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+    for one, other in zip(*map(jax.tree.leaves, map(gradients, (by_rows, _all_heads))), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-6, rtol=1e-6)
+
+
+def test_only_large_maps_of_wide_heads_are_made_head_by_head(monkeypatch):
+    def loops(width, rows):
+        query, key, value, mask = arrays(8, rows=rows, width=width)
+        attend = functools.partial(blockwise.attend_by_rows, causal=False, apart=True)
+        return str(jax.make_jaxpr(attend)(query, key, value, mask)).count("= scan[")
+
+    monkeypatch.setattr(blockwise, "FEW_LOGITS", 40)
+    assert [loops(128, 5), loops(128, 6), loops(64, 6)] == [0, 1, 0]
+
+
+def test_a_row_by_rows_that_may_read_nothing_has_no_gradient():
+    query, key, value, mask = arrays(6)
+    mask[:, 2] = False
+    out, lse = blockwise.attend_by_rows(query, key, value, mask, False)
+    assert np.isfinite(out).all() and (lse[:, 2] < -1e29).all()
+
+    def number(q, k):
+        out, lse = blockwise.attend_by_rows(q, k, value, mask, False)
+        return jnp.sum(jnp.sin(out[:, 2])) + jnp.sum(lse[:, 2])
+
+    assert not any(np.any(gradient) for gradient in jax.grad(number, (0, 1))(query, key))
+
+
+def test_what_attention_gives_is_kept_and_not_computed_again():
+    query, key, value, mask = arrays(7)
+
+    def layer(q):
+        return jnp.sum(jnp.sin(blockwise.attend_by_rows(q, key, value, mask, False)[0]))
+
+    policy = jax.checkpoint_policies.save_only_these_names(blockwise.KEPT)
+    kept, again = (
+        len(re.findall("= exp ", str(jax.make_jaxpr(jax.grad(jax.checkpoint(layer, policy=p)))(query))))
+        for p in (policy, None)
+    )
+    assert kept == 2 and again == 3  # maps of the forward pass, its repetition, the backward pass

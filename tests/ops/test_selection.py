@@ -88,11 +88,20 @@ def test_keep_cells_with_room_for_all_keeps_every_candidate():
     assert kept.overflow.tolist() == [[0]]
 
 
+def test_rounding_does_not_choose_between_the_strongest_cells_of_two_rows():
+    kept = []
+    for first, second in ((255.0, 255.0), (255.0, 254.99998), (254.99998, 255.0)):
+        scores = np.array([[[0, first, 0], [0, 0, second]]], np.float32)
+        rows = keep_cells(scores, scores > 0, 2)
+        kept.append(np.asarray(unite_rows(rows, 1)[1]).tolist())
+    assert kept == [[[False, True, False]]] * 3
+
+
 @settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 10_000), capacity=st.integers(1, 9))
 def test_unite_rows_stays_within_the_union_and_counts_what_it_drops(seed, capacity):
     rng = np.random.default_rng(seed)
-    rows = keep_cells(rng.random((2, 4, 9), np.float32), rng.random((2, 4, 9)) < 0.4, 9)
+    rows = keep_cells(255 * rng.random((2, 4, 9), np.float32), rng.random((2, 4, 9)) < 0.4, 9)
     united, union = unite_rows(rows, capacity)
     assert (np.asarray(union).sum(axis=-1) <= capacity).all()
     np.testing.assert_array_equal(united.keep, rows.keep & union[:, None])
@@ -101,7 +110,7 @@ def test_unite_rows_stays_within_the_union_and_counts_what_it_drops(seed, capaci
         strength = np.asarray(rows.strength[b]).max(axis=0)
         dropped = np.asarray(rows.keep[b]).any(axis=0) & ~np.asarray(union[b])
         if dropped.any():
-            assert strength[dropped].max() <= strength[np.asarray(union[b])].min()
+            assert strength[dropped].max() <= strength[np.asarray(union[b])].min() + 1 / 64
 
 
 @settings(deadline=None, max_examples=50)
