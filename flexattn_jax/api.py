@@ -2,66 +2,46 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import pathlib
+import string
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from flexattn_jax.checkpoints.quantize import quantize
 from flexattn_jax.checkpoints.store import open_checkpoint
-from flexattn_jax.checkpoints.trees import unstack_layers
+from flexattn_jax.checkpoints.trees import param_shapes, unstack_layers
 from flexattn_jax.config import IMAGE_PLACEHOLDER, VLMConfig, override
-from flexattn_jax.inference.generation import Generated, generate
+from flexattn_jax.inference.generation import Generated, Sampling, advance, generate, start
+from flexattn_jax.inference.reading import Prompts, can_share, read_beginning
 from flexattn_jax.inference.scoring import Scored, score
 from flexattn_jax.inputs import prompts as prompt_text
 from flexattn_jax.inputs.batching import Batch, BatchError, Buckets, Sample, make_batch, make_options
 from flexattn_jax.inputs.images import ImageSource, load_image, preprocess
 from flexattn_jax.inputs.tokenizer import Tokenizer, load_tokenizer, tokenize_continuation, tokenize_prompt
-from flexattn_jax.models.vlm import VLM
+from flexattn_jax.models.vlm import VLM, Features, Memory
+from flexattn_jax.partitioning import Partition
+from flexattn_jax.reports import EncodedPicture, Generation, OptionScores, SelectionReport
+from flexattn_jax.requests import (
+    check_lists,
+    check_new_tokens,
+    check_options,
+    check_sampling,
+    check_texts,
+    scorer_continuation,
+    scorer_question,
+)
 
-NEW_TOKENS = (16, 64, 256, 1024)  # static rooms for generated tokens
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-SCORERS = ("released", "official")
 DEFAULT_BUCKETS = Buckets()
-
-
-@dataclasses.dataclass(frozen=True)
-class SelectionReport:
-    """What high resolution a sample read.
-
-    layers: decoder layers that read it.
-    cells: (len(layers), C) bool, cells that the last prompt token read in each.
-    overflow: (len(layers),) int, cells over the threshold that the capacity had no room for; where options were
-      scored, of the last prompt token and all tokens of the options together.
-    cells_read: cells projected at all, in all layers together, over the prompt and everything after it.
-    """
-
-    layers: tuple[int, ...]
-    cells: np.ndarray
-    overflow: np.ndarray
-    cells_read: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """An answer: its text, its ids (with the end-of-sequence token if it came), and what was read for it."""
-
-    text: str
-    token_ids: list[int]
-    selection: SelectionReport | None
-
-
-@dataclasses.dataclass(frozen=True)
-class OptionScores:
-    """Mean loss of each option of a question, lower is likelier, and what was read for them."""
-
-    losses: list[float]
-    selection: SelectionReport | None
+Picture = ImageSource | EncodedPicture
+UNSETTLED = "\N{REPLACEMENT CHARACTER}" + string.whitespace  # at the end of a stream: half a character, or the end
 
 
 def load(
@@ -70,6 +50,8 @@ def load(
     config_overrides: dict[str, Any] | None = None,
     vision_tower: str | os.PathLike | None = None,
     buckets: Buckets = DEFAULT_BUCKETS,
+    partition: Partition | None = None,
+    weights: str | None = None,
 ) -> VisionLanguageModel:
     """Loads a model for inference.
 
@@ -80,10 +62,13 @@ def load(
       config_overrides: dotted settings, e.g. {"flexattention.threshold": 72, "flexattention.enabled": False}.
       vision_tower: folder of the tower where published safetensors do not hold it.
       buckets: static sizes that inputs are padded to; a program is compiled for each that is met.
+      partition: devices of this process that share the work (`partitioning.make_partition`); None: the first one.
+      weights: "int8": the decoder's matrices in eight bits, a quarter of float32's memory; changes answers a little,
+        see `checkpoints/quantize.py`. None: as `dtype` says.
 
     Raises:
       CheckpointError: the folder is missing, incomplete or damaged.
-      ConfigError: an override names no setting, or settings that do not go together.
+      ConfigError: an override names no setting, settings that do not go together, or unknown `weights`.
       TokenizerError: the folder's tokeniser cannot be read.
     """
     on_cpu = jax.default_backend() == "cpu"
@@ -99,42 +84,132 @@ def load(
         )
     has_tokenizer = any((pathlib.Path(path) / name).is_file() for name in TOKENIZER_FILES)
     tokenizer = load_tokenizer(path) if has_tokenizer else None  # logits of ids can be had without one
-    return VisionLanguageModel(config, checkpoint.params(config=config), tokenizer, buckets)
+    shardings = None if partition is None else partition.state_shardings(param_shapes(config))
+    params = quantize(checkpoint.params(config=config, shardings=shardings), weights)
+    return VisionLanguageModel(config, params, tokenizer, buckets, partition)
 
 
 class VisionLanguageModel:
     """A model with its tokeniser. Answers do not depend on the batch that a question comes in."""
 
     def __init__(
-        self, config: VLMConfig, params: dict, tokenizer: Tokenizer | None = None, buckets: Buckets = DEFAULT_BUCKETS
+        self,
+        config: VLMConfig,
+        params: dict,
+        tokenizer: Tokenizer | None = None,
+        buckets: Buckets = DEFAULT_BUCKETS,
+        partition: Partition | None = None,
     ):
         """
         Args:
           params: as `VLM(config)` reads them, or stacked over layers as checkpoints hold them.
           tokenizer: needed for everything but `logits`.
+          partition: where `params` lie; None: on one device.
         """
+        self._partition = partition
         self.config, self.tokenizer, self.buckets = config, tokenizer, buckets
         self.params = params if config.scan_layers else unstack_layers(params)
         self.model = VLM(config)
-        self._generate = jax.jit(partial(generate, self.model), static_argnames="capacity")
-        self._score = jax.jit(partial(score, self.model))
-        self._forward = jax.jit(partial(self._logits, self.model), static_argnames="capture")
+        traced = partition.traced if partition is not None else lambda function: function
+        self._generate = jax.jit(traced(partial(generate, self.model)), static_argnames="capacity")
+        self._start = jax.jit(traced(partial(start, self.model)), static_argnames="capacity")
+        self._advance = jax.jit(traced(partial(advance, self.model)), donate_argnums=1)
+        self._score = jax.jit(traced(partial(score, self.model)))
+        self._forward = jax.jit(traced(partial(self._logits, self.model)), static_argnames="capture")
+        self._encode = jax.jit(traced(lambda params, x: self.model.apply({"params": params}, x, method=VLM.encode)[0]))
+        self._begin = jax.jit(traced(partial(read_beginning, self.model)))
+
+    def encode(self, images: Sequence[ImageSource]) -> list[EncodedPicture]:
+        """Sees pictures once, for any number of questions: an entry takes the place of its picture in every call.
+
+        Questions about it then cost neither tower nor connector, and those whose prompts begin alike (all that `answer`
+        and `score` ask do) share what the decoder makes of the beginning, the picture's tokens included. Answers are
+        the same. It stays on the device while it is referred to: counted for 7B at 1008 px in bfloat16, 0.05 GB of
+        features and 0.32 GB for each beginning.
+
+        Raises:
+          ImageError: a picture cannot be read.
+        """
+        check_lists(images=images)
+        encoded, size = [], self.buckets.batch_sizes[-1]
+        for first in range(0, len(images), size):
+            seen = [preprocess(load_image(image), self.config) for image in images[first : first + size]]
+            rows = self.buckets.batch_size(len(seen))
+            pixels = np.zeros((rows, 3, self.config.image_size, self.config.image_size), np.float32)
+            for row, (values, _) in enumerate(seen):
+                pixels[row] = values
+            features = self._run(self._encode, rows, pixels)
+            for row, (_, original) in enumerate(seen):
+                own = jax.tree.map(lambda x, row=row: x[row : row + 1], features)
+                encoded.append(EncodedPicture(original, own, self))
+        return encoded
 
     def answer(
-        self, images: Sequence[ImageSource | None], questions: Sequence[str], max_new_tokens: int = 64
+        self,
+        images: Sequence[Picture | None],
+        questions: Sequence[str],
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | Sequence[int] = 0,
     ) -> list[str]:
-        """Answers questions, one picture (or None) each, greedily; any number of them.
+        """Answers questions, one picture (or None) each; any number of them.
+
+        Args:
+          images: pictures, or what `encode` made of them.
+          temperature: 0: greedy; else tokens are drawn from softmax(logits / temperature).
+          top_p: draw among the likeliest tokens that hold this share of the probability together; 1: among all.
+          seed: of the draws, in 0..2**32 - 1, one for all questions or one for each. An answer is a function of
+            picture, question and seed, whatever batch they come in.
 
         Raises:
           ImageError: a picture cannot be read.
           BatchError: the lists differ in length, or a prompt is too long.
         """
         prompts = self._prompts(images, questions)
-        return [generation.text for generation in self.generate_prompts(images, prompts, max_new_tokens)]
+        generations = self.generate_prompts(images, prompts, max_new_tokens, temperature, top_p, seed)
+        return [generation.text for generation in generations]
+
+    def stream(
+        self,
+        image: Picture | None,
+        question: str,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """One answer, piece by piece as its tokens come; the pieces together are what `answer` gives.
+
+        But for bytes that later turn out to be no text: `answer` has replacement characters in their places.
+        """
+        prompts = self._prompts([image], [question])
+        capacity, sampling = check_new_tokens(max_new_tokens), check_sampling(temperature, top_p, seed, 1)
+        return self._pieces(image, prompts[0], max_new_tokens, capacity, sampling)
+
+    def _pieces(
+        self, image: Picture | None, prompt: str, limit: int, capacity: int, sampling: Sampling
+    ) -> Iterator[str]:
+        ((_, prompts, _),) = self._batches([image], [prompt])
+        rows = len(prompts.batch.lengths)
+        active, sampling = np.arange(rows) < 1, _padded_seeds(sampling, rows)
+        state, shown = self._run(self._start, rows, prompts, active, sampling, capacity=capacity), 0
+        self._check_finite(state.finite[:1])
+        for count in range(1, limit + 1):
+            if count > 1:
+                state = self._run(self._advance, rows, state, np.int32(count), sampling)
+            last = count == limit or not state.running[0]
+            text = self.tokenizer.decode(np.asarray(state.tokens[0, :count]).tolist())
+            text = text.strip() if last else text.strip().rstrip(UNSETTLED)
+            if len(text) > shown:
+                yield text[shown:]
+                shown = len(text)
+            if last:
+                return
 
     def score(
         self,
-        images: Sequence[ImageSource | None],
+        images: Sequence[Picture | None],
         questions: Sequence[str],
         options: Sequence[Sequence[str]],
         scorer: str = "released",
@@ -145,25 +220,36 @@ class VisionLanguageModel:
           scorer: "released" (FlexAttention's script: asks for a single word or phrase, end of sequence not counted) or
             "official" (V* Bench's: the bare question, end of sequence counted).
         """
-        _check_lists(images=images, questions=questions, options=options)
-        _check_options(options)
+        check_lists(images=images, questions=questions, options=options)
+        check_options(options)
         prompts = self._prompts(images, [scorer_question(scorer, question) for question in questions])
         continuations = [[scorer_continuation(scorer, option) for option in sample] for sample in options]
         return [scores.losses for scores in self.score_prompts(images, prompts, continuations)]
 
     def generate_prompts(
-        self, images: Sequence[ImageSource | None], prompts: Sequence[str], max_new_tokens: int = 64
+        self,
+        images: Sequence[Picture | None],
+        prompts: Sequence[str],
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | Sequence[int] = 0,
     ) -> list[Generation]:
         """Continues whole prompts, "<image>" where the picture goes; see `answer`."""
-        _check_lists(images=images, prompts=prompts)
-        if max_new_tokens < 1 or max_new_tokens > NEW_TOKENS[-1]:
-            raise BatchError(f"max_new_tokens is {max_new_tokens}; it must lie in 1..{NEW_TOKENS[-1]}")
-        capacity = next(size for size in NEW_TOKENS if size >= max_new_tokens)
+        check_lists(images=images, prompts=prompts)
+        check_texts("prompts", prompts)
+        capacity = check_new_tokens(max_new_tokens)
+        sampling = check_sampling(temperature, top_p, seed, len(prompts))
         generations = []
-        for first, batch, count in self._batches(images, prompts):
-            active = np.arange(len(batch.lengths)) < count
-            result: Generated = self._run(self._generate, batch, active, np.int32(max_new_tokens), capacity=capacity)
+        for first, read, count in self._batches(images, prompts):
+            rows = len(read.batch.lengths)
+            own = _padded_seeds(sampling.replace(seed=sampling.seed[first : first + count]), rows)
+            active = np.arange(rows) < count
+            result: Generated = self._run(
+                self._generate, rows, read, active, np.int32(max_new_tokens), own, capacity=capacity
+            )
             tokens, lengths = np.asarray(result.tokens), np.asarray(result.counts)
+            self._check_finite(result.finite[:count])
             for row in range(count):
                 ids = tokens[row, : lengths[row]].tolist()
                 report = self._report(result, row, prompts[first + row])
@@ -171,20 +257,21 @@ class VisionLanguageModel:
         return generations
 
     def score_prompts(
-        self, images: Sequence[ImageSource | None], prompts: Sequence[str], continuations: Sequence[Sequence[str]]
+        self, images: Sequence[Picture | None], prompts: Sequence[str], continuations: Sequence[Sequence[str]]
     ) -> list[OptionScores]:
         """Scores texts that are appended verbatim to whole prompts; see `score`."""
-        _check_lists(images=images, prompts=prompts, continuations=continuations)
-        _check_options(continuations)
+        check_lists(images=images, prompts=prompts, continuations=continuations)
+        check_texts("prompts", prompts)
+        check_options(continuations)
         scores = []
-        for first, batch, count in self._batches(images, prompts):
+        for first, read, count in self._batches(images, prompts):
             texts = continuations[first : first + count]
             ids = [
                 [tokenize_continuation(self.tokenizer, prompt, text) for text in sample]
                 for prompt, sample in zip(prompts[first : first + count], texts, strict=True)
             ]
-            options = make_options(ids, self.config, self.buckets, pad_batch_to=len(batch.lengths))
-            result: Scored = self._run(self._score, batch, options)
+            options = make_options(ids, self.config, self.buckets, pad_batch_to=len(read.batch.lengths))
+            result: Scored = self._run(self._score, len(read.batch.lengths), read, options)
             losses = np.asarray(result.losses)
             for row, sample in enumerate(texts):
                 values = losses[row, : len(sample)].tolist()
@@ -201,8 +288,8 @@ class VisionLanguageModel:
         """Logits of every position of the expanded sequence; the last one of each sample reads high resolution.
 
         Args:
-          images_or_pixels: pictures (or None) as for `answer`, or pixels (B, 3, S, S), already normalised; None: no
-            sample has a picture.
+          images_or_pixels: pictures, what `encode` made of them (or None) as for `answer`, or pixels (B, 3, S, S),
+            already normalised; None: no sample has a picture.
           input_ids: (B, n) or lists of different lengths, the picture as -200 or as the checkpoint's image tokens.
           image_sizes: (width, height) before padding, for pixels; None: the picture fills the square.
           capture: names of intermediates to return: "cells" (layers, B, 1, C) bool made by layers first_layer ..;
@@ -216,7 +303,11 @@ class VisionLanguageModel:
         """
         samples = self._samples_from_ids(images_or_pixels, input_ids, image_sizes)
         batch = make_batch(samples, self.config, self.buckets, pad_batch_to=len(samples))
-        logits, named = self._run(self._forward, batch, capture=bool(capture))
+        features = None
+        if any(sample.encoded for sample in samples):
+            features = self._features(self._all_encoded(images_or_pixels), len(samples))
+            batch = batch.replace(pixels=None)
+        logits, named = self._run(self._forward, len(samples), batch, features, capture=bool(capture))
         unknown = [name for name in capture if name not in named]
         if unknown:
             raise KeyError(f"no intermediate {', '.join(unknown)} here; there are {', '.join(sorted(named))}")
@@ -224,25 +315,26 @@ class VisionLanguageModel:
         return (logits, {name: named[name] for name in capture}) if capture else logits
 
     @staticmethod
-    def _logits(model: VLM, params: dict, batch: Batch, capture: bool):
-        return model.apply({"params": params}, batch, capture=capture)
+    def _logits(model: VLM, params: dict, batch: Batch, features: Features | None, capture: bool):
+        return model.apply({"params": params}, batch, features, capture=capture)
 
-    def _run(self, program: Callable, *args: Any, **static: Any) -> Any:
+    def _run(self, program: Callable, samples: int, *args: Any, **static: Any) -> Any:
+        if self._partition is not None:
+            args = jax.device_put(args, self._partition.batch_shardings(args, samples))
         precision = "highest" if self.config.dtype == "float32" else None
         with jax.default_matmul_precision(precision):
             return program(self.params, *args, **static)
 
-    def _prompts(self, images: Sequence[ImageSource | None], questions: Sequence[str]) -> list[str]:
-        _check_lists(images=images, questions=questions)
+    def _prompts(self, images: Sequence[Picture | None], questions: Sequence[str]) -> list[str]:
+        check_lists(images=images, questions=questions)
+        check_texts("questions", questions)
         return [
             prompt_text.build_prompt(question, with_image=image is not None)
             for image, question in zip(images, questions, strict=True)
         ]
 
-    def _batches(
-        self, images: Sequence[ImageSource | None], prompts: Sequence[str]
-    ) -> Iterator[tuple[int, Batch, int]]:
-        """(index of the first sample, batch, number of real samples), pictures decoded batch by batch."""
+    def _batches(self, images: Sequence[Picture | None], prompts: Sequence[str]) -> Iterator[tuple[int, Prompts, int]]:
+        """(index of the first sample, what is to be read, number of real samples), pictures decoded batch by batch."""
         if self.tokenizer is None:
             raise BatchError(
                 "this model came without a tokeniser, so it reads ids (`logits`) but no text; put the published "
@@ -250,25 +342,76 @@ class VisionLanguageModel:
             )
         size = self.buckets.batch_sizes[-1]
         for first in range(0, len(prompts), size):
-            samples = [
-                self._sample(image, tokenize_prompt(self.tokenizer, prompt))
-                for image, prompt in zip(images[first : first + size], prompts[first : first + size], strict=True)
-            ]
-            yield first, make_batch(samples, self.config, self.buckets), len(samples)
+            ids = [tokenize_prompt(self.tokenizer, prompt) for prompt in prompts[first : first + size]]
+            yield first, self._read(images[first : first + size], ids), len(ids)
 
-    def _sample(self, image: ImageSource | None, ids: Sequence[int]) -> Sample:
-        return Sample(ids) if image is None else Sample(ids, *preprocess(load_image(image), self.config))
+    def _read(self, pictures: Sequence[Picture | None], ids: Sequence[list[int]]) -> Prompts:
+        """A batch of prompts as programs read them."""
+        encoded = any(isinstance(picture, EncodedPicture) for picture in pictures)
+        pictures = self._all_encoded(pictures) if encoded else pictures
+        samples = [self._sample(picture, own) for picture, own in zip(pictures, ids, strict=True)]
+        batch = make_batch(samples, self.config, self.buckets)
+        if not encoded:
+            return Prompts(batch)
+        if self._partition is None and can_share(self.config) and all(picture is not None for picture in pictures):
+            places = [own.index(IMAGE_PLACEHOLDER) + 1 for own in ids]
+            if len(set(places)) == 1 and all(len(own) > places[0] for own in ids):
+                return self._continued(pictures, ids, places[0])
+        return Prompts(batch, self._features(pictures, len(batch.lengths)))
+
+    def _continued(self, pictures: Sequence[EncodedPicture], ids: Sequence[list[int]], place: int) -> Prompts:
+        """Prompts whose beginnings, `place` ids, have been read, or are read here, once for each picture."""
+        batch = make_batch([Sample(own[place:]) for own in ids], self.config, self.buckets)
+        beginnings = [self._beginning(p, tuple(own[:place])) for p, own in zip(pictures, ids, strict=True)]
+        spare = len(batch.lengths) - len(ids)
+        return Prompts(batch, beginnings=(*beginnings, *beginnings[:1] * spare))
+
+    def _beginning(self, picture: EncodedPicture, ids: tuple[int, ...]) -> Memory:
+        if ids not in picture.beginnings:
+            exact = Buckets(text_lengths=(max(1, len(ids) - 1),), batch_sizes=(1,))
+            batch = make_batch([self._sample(picture, ids)], self.config, exact)
+            picture.beginnings[ids] = self._run(self._begin, 1, batch, picture.features)
+        return picture.beginnings[ids]
+
+    def _all_encoded(self, pictures: Sequence[Picture | None]) -> list[EncodedPicture | None]:
+        plain = [i for i, p in enumerate(pictures) if p is not None and not isinstance(p, EncodedPicture)]
+        pictures = list(pictures)
+        for i, picture in zip(plain, self.encode([pictures[i] for i in plain]), strict=True):
+            pictures[i] = picture
+        return pictures
+
+    def _features(self, pictures: Sequence[EncodedPicture | None], rows: int) -> Features:
+        """Features of a batch, zeros where there is no picture."""
+        nothing = jax.tree.map(jnp.zeros_like, next(p.features for p in pictures if p is not None))
+        own = [nothing if picture is None else picture.features for picture in pictures]
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *own, *[nothing] * (rows - len(own)))
+
+    def _check_finite(self, finite: jax.Array) -> None:
+        if not np.asarray(finite).all():
+            raise BatchError(
+                "the model's logits are NaN or infinite: its weights are damaged (import them again), or overflow "
+                f"in {self.config.dtype} (load it with another dtype)"
+            )
+
+    def _sample(self, image: Picture | None, ids: Sequence[int]) -> Sample:
+        if not isinstance(image, EncodedPicture):
+            return Sample(ids) if image is None else Sample(ids, *preprocess(load_image(image), self.config))
+        if image.owner is not self:
+            raise BatchError("a picture was encoded by another model; encode it with the one that is asked")
+        return Sample(ids, size=image.size, encoded=True)
 
     def _samples_from_ids(self, pictures: Any, input_ids: Any, sizes: Any) -> list[Sample]:
         rows = [np.asarray(row) for row in input_ids]
         if pictures is None:
             return [Sample(row) for row in rows]
-        _check_lists(images_or_pixels=pictures, input_ids=rows)
+        check_lists(images_or_pixels=pictures, input_ids=rows)
         if not hasattr(pictures, "ndim"):
             return [self._sample(image, row) for image, row in zip(pictures, rows, strict=True)]
         if sizes is None:
             sizes = [None] * len(rows)
-        _check_lists(image_sizes=sizes, input_ids=rows)
+        check_lists(image_sizes=sizes, input_ids=rows)
+        if not np.isfinite(np.asarray(pictures, np.float32)).all():
+            raise BatchError("images_or_pixels holds pixels that are NaN or infinite; normalise whole pictures")
         marks = (IMAGE_PLACEHOLDER, self.config.image_token_id)
         return [
             Sample(row, np.asarray(pixels, np.float32), size)
@@ -289,27 +432,5 @@ class VisionLanguageModel:
         )
 
 
-def scorer_question(scorer: str, question: str) -> str:
-    """The question as a scorer of V* Bench puts it."""
-    if scorer not in SCORERS:
-        raise ValueError(f"scorer is {scorer!r}; it must be one of {', '.join(SCORERS)}")
-    return question + prompt_text.SHORT_ANSWER if scorer == "released" else question
-
-
-def scorer_continuation(scorer: str, option: str) -> str:
-    """What a scorer of V* Bench appends to the prompt for an option, and takes the loss on."""
-    return f" {option}" if scorer == "released" else f" {option}{prompt_text.END_OF_ANSWER}"
-
-
-def _check_options(options: Sequence[Sequence[str]]) -> None:
-    if any(isinstance(sample, str) or not all(isinstance(text, str) for text in sample) for sample in options):
-        raise BatchError('options must be a list of texts for each question, e.g. [["red", "blue"]] for one question')
-
-
-def _check_lists(**lists: Sequence[Any]) -> None:
-    for name, values in lists.items():
-        if isinstance(values, (str, bytes)) or not hasattr(values, "__len__"):
-            raise BatchError(f"{name} must be a list with an entry for each question, not {type(values).__name__}")
-    lengths = {name: len(values) for name, values in lists.items()}
-    if len(set(lengths.values())) > 1:
-        raise BatchError("lists differ in length: " + ", ".join(f"{n} {name}" for name, n in lengths.items()))
+def _padded_seeds(sampling: Sampling, rows: int) -> Sampling:
+    return sampling.replace(seed=np.pad(sampling.seed, (0, rows - len(sampling.seed))))

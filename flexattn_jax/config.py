@@ -9,12 +9,15 @@ L layers, D model width, H heads, J key/value heads, d head width, V vocabulary,
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
 from flexattn_jax.config_parts import (
+    MAX_SIDE,
+    MAX_WIDTH,
     ConfigError,
     ConvVisionConfig,
     CrossAttentionConfig,
@@ -26,6 +29,7 @@ from flexattn_jax.config_parts import (
     VisionConfig,
     one_of,
     require,
+    require_sizes,
 )
 
 __all__ = [
@@ -50,6 +54,8 @@ __all__ = [
 
 # What a prompt's ids hold in the place of the picture (LLaVA's IMAGE_TOKEN_INDEX).
 IMAGE_PLACEHOLDER = -200
+
+LARGEST_INTEGER = 2**32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +102,14 @@ class VLMConfig:
     def __post_init__(self):
         one_of("dtype", self.dtype, ("float32", "bfloat16"))
         one_of("remat", self.remat, ("none", "full", "dots"))
+        require_sizes("", self, ("lowres_size", "image_size"), MAX_SIDE)
+        require_sizes("", self, ("bos_token_id", "eos_token_id", "pad_token_id"), MAX_WIDTH, least=-1)
+        for name, least in (("image_mean", 0.0), ("image_std", 1e-6)):
+            value = getattr(self, name)
+            require(
+                len(value) == 3 and all(least <= v <= 1 for v in value),
+                f"{name} is {value}; it must be 3 numbers in {least:g}..1, for red, green and blue",
+            )
         patch = self.vision.patch_size
         require(
             self.lowres_size % patch == 0, f"lowres_size {self.lowres_size} is no multiple of the patch size {patch}"
@@ -252,9 +266,16 @@ def to_dict(config: VLMConfig) -> dict[str, Any]:
 
 def from_dict(values: dict[str, Any], kind: type = VLMConfig, path: str = "") -> Any:
     """The configuration that `to_dict` wrote. An unknown key or a value of the wrong type is a ConfigError."""
+    require(isinstance(values, Mapping), f"{path or 'a configuration'} must be a table of settings, not {values!r}")
     hints = typing.get_type_hints(kind)
-    unknown = sorted(set(values) - set(hints))
-    require(not unknown, f"unknown keys {', '.join(path + k for k in unknown)}; known: {', '.join(hints)}")
+    unknown = [path + (key if key.isprintable() else repr(key)) for key in sorted(set(values) - set(hints))]
+    require(not unknown, f"unknown keys {', '.join(unknown)}; known: {', '.join(hints)}")
+    absent = [
+        path + field.name
+        for field in dataclasses.fields(kind)
+        if field.name not in values and field.default is field.default_factory is dataclasses.MISSING
+    ]
+    require(not absent, f"{', '.join(absent)} is missing")
     return kind(**{key: _coerce(value, hints[key], path + key) for key, value in values.items()})
 
 
@@ -266,7 +287,12 @@ def override(config: VLMConfig, overrides: dict[str, Any] | None) -> VLMConfig:
     Raises ConfigError for a key that does not exist, a value of the wrong type or an impossible combination.
     """
     values = to_dict(config)
-    for key, value in (overrides or {}).items():
+    overrides = overrides or {}
+    require(
+        isinstance(overrides, Mapping) and all(isinstance(key, str) for key in overrides),
+        f'config_overrides must be a table of dotted names, {{"flexattention.threshold": 72}}, not {overrides!r}',
+    )
+    for key, value in overrides.items():
         *parents, leaf = key.split(".")
         node = values
         for parent in parents:
@@ -305,20 +331,31 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
         known = (t for t in tables if set(value) <= {field.name for field in dataclasses.fields(t)})
         return from_dict(value, next(known, kind), path + ".")
     if typing.get_origin(kind) is tuple:
-        item = typing.get_args(kind)[0]
+        item, *others = typing.get_args(kind)
         allowed, what = {int: (int, "whole numbers"), float: ((int, float), "numbers"), str: (str, "names")}[item]
         require(
             isinstance(value, (list, tuple)) and all(isinstance(v, allowed) for v in value),
             f"{path} must be a list of {what}, not {value!r}",
         )
-        return tuple(item(v) for v in value)
+        count = 1 + len(others)
+        require(Ellipsis in others or len(value) == count, f"{path} must be {count} {what}, not {value!r}")
+        return tuple(_number(v, item, path) for v in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = _number(value, float, path)
     require(
         isinstance(value, kind) and (kind is bool or not isinstance(value, bool)),
         f"{path} must be {kind.__name__}, not {value!r}",
     )
-    return value
+    return _number(value, kind, path)
+
+
+def _number(value: Any, kind: type, path: str) -> Any:
+    """A value as `kind`; a number must be one that arithmetic here can take."""
+    if kind is int:
+        require(abs(value) <= LARGEST_INTEGER, f"{path} is beyond {LARGEST_INTEGER}, the largest whole number here")
+    if kind is float:
+        require(abs(value) <= sys.float_info.max, f"{path} must be a finite number")  # NaN compares as False
+    return kind(value)
 
 
 def preset(name: str) -> VLMConfig:
@@ -352,11 +389,18 @@ _PRESETS = {
     "mini": VLMConfig(
         vision=ConvVisionConfig(),
         decoder=DecoderConfig(
-            vocab_size=128, width=96, mlp_dim=256, num_layers=5, num_heads=4, num_kv_heads=4, head_dim=24
+            vocab_size=128,
+            width=96,
+            mlp_dim=256,
+            num_layers=5,
+            num_heads=4,
+            num_kv_heads=4,
+            head_dim=24,
+            rope_theta=1e8,  # slow, so that content can be searched for whatever its place
         ),
-        flexattention=FlexAttentionConfig(zoom_ratio=4, first_layer=1, selection="top_k", cell_grid=8, capacity=8),
-        lowres_size=128,
-        image_size=512,
+        flexattention=FlexAttentionConfig(zoom_ratio=5, first_layer=1, selection="top_k", cell_grid=6, capacity=4),
+        lowres_size=96,
+        image_size=480,
         scan_layers=False,
     ),
     "7b": VLMConfig(flexattention=FlexAttentionConfig(), image_size=1008),

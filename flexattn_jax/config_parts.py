@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 IN_DECODER = ("fastv", "pyramiddrop")  # methods of ReductionConfig
 BEFORE_DECODER = ("visionzip", "tome", "random", "downsample")
+
+MAX_SIDE = 2**16  # pixels of a picture as the model reads it
+MAX_LAYERS = 2**10
+MAX_WIDTH = 2**20  # of any layer, and tokens of a vocabulary
+MAX_POSITIONS = 2**24
 
 
 class ConfigError(ValueError):
@@ -17,6 +23,13 @@ class ConfigError(ValueError):
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def require_sizes(prefix: str, config: Any, names: Iterable[str], most: int, least: int = 1) -> None:
+    """Raises ConfigError for a size outside `least`..`most`: nothing that large was ever built, so it is a mistake."""
+    for name in names:
+        value = getattr(config, name)
+        require(least <= value <= most, f"{prefix}{name} is {value}; it must lie in {least}..{most}")
 
 
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -38,6 +51,10 @@ class VisionConfig:
     select_layer: int = -2  # index into CLIP's hidden states (the embedding is entry 0), as LLaVA's config has it
 
     def __post_init__(self):
+        require_sizes("vision.", self, ("image_size", "patch_size"), MAX_SIDE)
+        require_sizes("vision.", self, ("width", "mlp_dim", "num_heads"), MAX_WIDTH)
+        require_sizes("vision.", self, ("num_layers",), MAX_LAYERS)
+        require(self.norm_eps > 0, f"vision.norm_eps {self.norm_eps} must be above 0")
         require(
             self.image_size % self.patch_size == 0,
             f"vision.image_size {self.image_size} is no multiple of vision.patch_size {self.patch_size}",
@@ -76,20 +93,24 @@ class ConvVisionConfig:
 
     def __post_init__(self):
         require(
-            len(self.stem_widths) == len(self.stem_strides) > 0 and min(self.stem_widths) > 0,
+            0 < len(self.stem_widths) == len(self.stem_strides) <= MAX_LAYERS
+            and 0 < min(self.stem_widths) <= max(self.stem_widths) <= MAX_WIDTH,
             f"vision.stem_widths {self.stem_widths} and vision.stem_strides {self.stem_strides} must be as many "
-            "numbers, at least one, above 0",
+            f"numbers, at least one; widths lie in 1..{MAX_WIDTH}",
         )
         require(
             all(stride % 2 == 0 and stride > 0 for stride in self.stem_strides),
             f"vision.stem_strides {self.stem_strides} must be even: windows are twice as wide and centred",
         )
         require(
-            self.mlp_dim > 0 and self.num_layers >= 0,
-            f"vision.mlp_dim {self.mlp_dim} must be above 0 and vision.num_layers {self.num_layers} not below it",
+            all(stride <= MAX_SIDE for stride in self.stem_strides) and self.patch_size <= MAX_SIDE,
+            f"vision.stem_strides {self.stem_strides} make a patch of more than {MAX_SIDE} pixels a side",
         )
+        require_sizes("vision.", self, ("mlp_dim",), MAX_WIDTH)
+        require_sizes("vision.", self, ("num_layers",), MAX_LAYERS, least=0)
+        require(self.norm_eps > 0, f"vision.norm_eps {self.norm_eps} must be above 0")
         require(
-            self.position_dims % 4 == 0 and self.position_dims >= 0,
+            self.position_dims % 4 == 0 and 0 <= self.position_dims <= MAX_WIDTH,
             f"vision.position_dims {self.position_dims} is no multiple of 4 (sine and cosine of x and y)",
         )
 
@@ -121,8 +142,16 @@ class DecoderConfig:
     max_positions: int = 4096  # longest sequence, image tokens included, that the checkpoint was trained for
 
     def __post_init__(self):
+        sizes = ("vocab_size", "width", "mlp_dim", "num_heads", "num_kv_heads", "head_dim")
+        require_sizes("decoder.", self, sizes, MAX_WIDTH)
+        require_sizes("decoder.", self, ("num_layers",), MAX_LAYERS)
+        require_sizes("decoder.", self, ("max_positions",), MAX_POSITIONS)
         require(
-            self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads == 0,
+            self.rope_theta > 0 and self.norm_eps > 0,
+            f"decoder.rope_theta {self.rope_theta} and decoder.norm_eps {self.norm_eps} must be above 0",
+        )
+        require(
+            self.num_heads % self.num_kv_heads == 0,
             f"decoder.num_heads {self.num_heads} is no multiple of decoder.num_kv_heads {self.num_kv_heads}",
         )
         require(self.head_dim % 2 == 0, f"decoder.head_dim {self.head_dim} is odd; rotary embeddings need an even one")
@@ -145,14 +174,17 @@ class FlexAttentionConfig:
     capacity: int | None = None  # K: most cells a row may keep; None: all (exactly the reference)
     union_capacity: int | None = None  # U: most cells a sample may project for all its rows; None: all
     warmup: float = 10.0  # slope of the training blend: alpha = min(1, epoch * warmup)
+    dropout: float = 0.0  # share of a training step's samples that read low resolution alone, whose map selects
 
     def __post_init__(self):
         one_of("flexattention.variant", self.variant, ("released", "paper"))
         one_of("flexattention.selector", self.selector, ("attention", "random", "center", "all"))
         one_of("flexattention.selection", self.selection, ("threshold", "top_k"))
-        require(self.zoom_ratio >= 1, f"flexattention.zoom_ratio {self.zoom_ratio} must be at least 1")
-        require(self.first_layer >= 0, f"flexattention.first_layer {self.first_layer} must not be negative")
-        require(self.cell_grid >= 1, f"flexattention.cell_grid {self.cell_grid} must be at least 1")
+        require_sizes("flexattention.", self, ("zoom_ratio", "cell_grid"), MAX_SIDE)
+        require_sizes("flexattention.", self, ("first_layer",), MAX_LAYERS, least=0)
+        require_sizes("flexattention.", self, ("ablation_share",), 1, least=0)
+        require_sizes("flexattention.", self, ("dropout",), 1, least=0)
+        require(0 <= self.warmup < math.inf, f"flexattention.warmup {self.warmup} must be a number from 0 on")
         for name in ("capacity", "union_capacity"):
             value = getattr(self, name)
             require(
@@ -171,8 +203,8 @@ class FlexAttentionConfig:
 
     @property
     def row_capacity(self) -> int:
-        """K."""
-        return self.num_cells if self.capacity is None else self.capacity
+        """K: most cells that a row keeps."""
+        return self.num_cells if self.capacity is None or self.selector == "all" else self.capacity
 
     @property
     def sample_capacity(self) -> int:
@@ -187,7 +219,7 @@ class DenseConfig:
     tiles: int = 3  # a side; the tower sees squares of image_size / tiles pixels
 
     def __post_init__(self):
-        require(self.tiles >= 1, f"dense.tiles {self.tiles} must be at least 1")
+        require_sizes("dense.", self, ("tiles",), MAX_SIDE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,9 +236,10 @@ class CrossAttentionConfig:
 
     def __post_init__(self):
         one_of("crossattention.source", self.source, ("tower", "connector"))
-        require(self.tiles >= 1, f"crossattention.tiles {self.tiles} must be at least 1")
+        require_sizes("crossattention.", self, ("tiles",), MAX_SIDE)
+        require_sizes("crossattention.", self, ("width", "num_heads"), MAX_WIDTH)
         require(
-            self.num_heads >= 1 and self.width % self.num_heads == 0,
+            self.width % self.num_heads == 0,
             f"crossattention.width {self.width} is no multiple of crossattention.num_heads {self.num_heads}",
         )
 
@@ -270,5 +303,5 @@ class GroupingConfig:
     temperature: float = 1.0  # of the softmax in training
 
     def __post_init__(self):
-        require(self.groups >= 1, f"grouping.groups {self.groups} must be at least 1")
+        require_sizes("grouping.", self, ("groups",), MAX_WIDTH)
         require(self.temperature > 0, f"grouping.temperature {self.temperature} must be above 0")

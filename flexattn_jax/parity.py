@@ -27,7 +27,8 @@ from flexattn_jax.checkpoints.errors import CheckpointError
 from flexattn_jax.checkpoints.source import open_weights
 from flexattn_jax.checkpoints.source_config import config_from_parts
 from flexattn_jax.config import IMAGE_PLACEHOLDER, ConfigError, VLMConfig, override
-from flexattn_jax.inference.generation import generate
+from flexattn_jax.inference.generation import generate, greedy
+from flexattn_jax.inference.reading import Prompts
 from flexattn_jax.inputs.batching import Batch, BatchError, Buckets, Sample, make_batch
 from flexattn_jax.inputs.images import preprocess
 from flexattn_jax.models.vlm import VLM
@@ -209,7 +210,9 @@ def check_inference(case: Case, others: list[np.ndarray]) -> list[Check]:
     checks += check_selection(case, trace, batch, row=0)
 
     endless = VLM(override(config, {"eos_token_id": -1}))  # the record does not stop at the end of sequence
-    loop = jax.jit(lambda p, b: generate(endless, p, b, np.ones(1, bool), np.int32(passes), passes).tokens)
+    loop = jax.jit(
+        lambda p, b: generate(endless, p, Prompts(b), np.ones(1, bool), np.int32(passes), greedy(1), passes).tokens
+    )
     equal("ids", "gen_ids", np.asarray(loop(case.params, batch))[0])
 
     # One uncached forward over prompt and answer, in which the rows that predicted the answer read high resolution.
@@ -287,10 +290,10 @@ def check_training(case: Case) -> list[Check]:
             has_aux=True,
         )
     )
-    (loss, (logits, named)), gradients = loss_and_gradient(case.params, batch)
+    (loss, named), gradients = loss_and_gradient(case.params, batch)
     checks.append(Check("loss", "loss", largest(loss, want["loss"]), LOSS))
     for b, count in enumerate(batch.lengths):
-        found, expected = np.asarray(logits)[b, :count], want["logits"][b, :count]
+        found, expected = np.asarray(named["logits"])[b, :count], want["logits"][b, :count]
         checks.append(Check("logits", f"logits of sample {b}", largest(found, expected), VALUES))
 
     for name in (name for name in want if name.startswith("grad::")):
@@ -308,11 +311,11 @@ def check_training(case: Case) -> list[Check]:
             checks.append(Check("map255", f"attn_img_sum_{key}", largest(attention, expected), SUMMED_ATTENTION))
 
     low = VLM(case.low_resolution)
-    base = jax.jit(lambda p, b: next_token_loss(low, p, b, labels, readers))
-    base_loss, (base_logits, _) = base(case.params, batch)
+    base = jax.jit(lambda p, b: next_token_loss(low, p, b, labels, readers, capture=True))
+    base_loss, base_named = base(case.params, batch)
     checks.append(Check("baseline", "base_loss", largest(base_loss, want["base_loss"]), LOSS))
     for b, count in enumerate(batch.lengths):
-        found, expected = np.asarray(base_logits)[b, :count], want["base_logits"][b, :count]
+        found, expected = np.asarray(base_named["logits"])[b, :count], want["base_logits"][b, :count]
         checks.append(Check("baseline", f"base_logits of sample {b}", largest(found, expected), VALUES))
     return checks
 

@@ -96,7 +96,7 @@ def test_a_folder_that_is_no_checkpoint_is_named(tmp_path):
 
 def test_the_public_names_are_few():
     assert sorted(flexattn_jax.__all__) == [
-        *("Generation", "OptionScores", "SelectionReport", "VisionLanguageModel", "load")
+        *("EncodedPicture", "Generation", "OptionScores", "SelectionReport", "VisionLanguageModel", "load")
     ]
     assert jax.config.jax_enable_x64 is False
 

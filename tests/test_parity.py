@@ -39,6 +39,7 @@ def test_all_cases_hold_together():
     assert holds, report
 
 
+@pytest.mark.slow
 def test_one_changed_entry_of_any_array_is_noticed():
     """Every comparison can fail: one entry of each recorded array is changed, the model is not."""
     case = parity.read_case(GOLDEN / "v4_small_resize_504.json")
@@ -50,6 +51,7 @@ def test_one_changed_entry_of_any_array_is_noticed():
     assert noticed == set(case.arrays) - inputs
 
 
+@pytest.mark.slow
 def test_a_changed_loss_or_gradient_is_noticed():
     case = parity.read_case(GOLDEN / "t2_train_text_only_alpha.json")
     for name in ("loss", "logits", "base_loss", "base_logits", "expanded_labels", "image_range"):

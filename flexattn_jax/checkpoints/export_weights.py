@@ -26,6 +26,7 @@ from flexattn_jax.checkpoints.import_weights import ProgressBar
 from flexattn_jax.checkpoints.layouts import TOWER_FOLDER, Layout
 from flexattn_jax.checkpoints.safetensors_io import DTYPE_NAMES, Tensor, TensorInfo, read_file, write_folder
 from flexattn_jax.checkpoints.source import TIED_HEAD, TOKENIZER_FILES, config_of_folder
+from flexattn_jax.command_line import exit_code
 from flexattn_jax.config import ConvVisionConfig, VLMConfig
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -208,14 +209,13 @@ def main(argv: list[str] | None = None) -> int:
         "--layout", required=True, choices=sorted(layouts.EXPORTS), help="names and config.json to write"
     )
     args = parser.parse_args(argv)
-    try:
+
+    def act() -> None:
         summary = export_weights(args.source, args.out, args.layout, on_write=ProgressBar("exporting"))
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(summary)
-    print(f"written to {args.out}")
-    return 0
+        print(summary)
+        print(f"written to {args.out}")
+
+    return exit_code("error", act, (CheckpointError,), failed=1)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from flexattn_jax.checkpoints.folders import replacing
 from flexattn_jax.checkpoints.layouts import TOWER_FOLDER
 from flexattn_jax.checkpoints.safetensors_io import SINGLE_NAME, write_folder
 from flexattn_jax.checkpoints.source import CONFIG_FILES, TOKENIZER_FILES, SourceCheckpoint, open_source
+from flexattn_jax.command_line import exit_code
 from flexattn_jax.config import VLMConfig
 
 
@@ -150,7 +151,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of those projections")
     args = parser.parse_args(argv)
-    try:
+
+    def act() -> None:
         summary = import_weights(
             args.source,
             args.out,
@@ -158,12 +160,10 @@ def main(argv: list[str] | None = None) -> int:
             init_seed=args.seed if args.flexattention else None,
             on_write=ProgressBar("importing"),
         )
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(summary)
-    print(f"written to {args.out}")
-    return 0
+        print(summary)
+        print(f"written to {args.out}")
+
+    return exit_code("error", act, (CheckpointError,), failed=1)
 
 
 if __name__ == "__main__":

@@ -94,6 +94,11 @@ class Layout:
     connector: tuple[str, str]  # of the two linear layers
     vision: str  # with TOWER_FOLDER/ in front: a folder of its own
 
+    def __post_init__(self):
+        prefixes = (self.decoder, self.head, *self.connector, self.vision)
+        if self.family not in ("llava", "hf") or not all(re.fullmatch(r"[\w./]*", prefix) for prefix in prefixes):
+            raise CheckpointError(f"a layout of family {self.family!r} with the prefixes {prefixes} is not known here.")
+
     @property
     def tower_in_folder(self) -> bool:
         return self.vision.startswith(TOWER_FOLDER + "/")

@@ -18,10 +18,12 @@ import ml_dtypes
 import numpy as np
 
 from flexattn_jax.checkpoints.errors import CheckpointError
+from flexattn_jax.files import SETTINGS_BYTES, FileError, parse_json, read_bytes
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+MAX_HEADER_BYTES = SETTINGS_BYTES  # the reference implementation allows 100 MB; a 13B model's shards have 0.1 MB
+MAX_AXES = 32  # of a tensor
 
 # Bytes of one element of every type of the format; only those of _NUMPY become arrays, the others are copied as bytes.
 _ITEM_BYTES = {
@@ -70,6 +72,8 @@ class Tensor:
 
 def read_file(path: pathlib.Path) -> dict[str, Tensor]:
     """The tensors of one file by name, in the file's order of bytes. Raises CheckpointError for a damaged file."""
+    if not path.is_file():  # a pipe would hang
+        raise CheckpointError(f"{path} is no file; give a safetensors file.")
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -131,9 +135,9 @@ def read_folder(folder: pathlib.Path) -> dict[str, Tensor]:
 
 def _read_shards(folder: pathlib.Path, index: pathlib.Path) -> dict[str, Tensor]:
     try:
-        weight_map = _parse_json(index, index.read_bytes()).get("weight_map")
-    except OSError as error:
-        raise CheckpointError(f"{index} cannot be read: {error.strerror}.") from None
+        weight_map = _parse_json(index, read_bytes(index)).get("weight_map")
+    except FileError as error:
+        raise CheckpointError(f"{index} {error}. Fetch it again.") from None
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f'{index} is damaged: its "weight_map" must map tensor names to file names.')
     shards = sorted(set(weight_map.values()))
@@ -161,25 +165,20 @@ def _read_shards(folder: pathlib.Path, index: pathlib.Path) -> dict[str, Tensor]
         f"{name} is in no file, the index says {weight_map[name]}" for name in weight_map.keys() - tensors.keys()
     ]
     if problems:
-        raise CheckpointError(f"{index} and its files disagree: " + "; ".join(sorted(problems)) + ".")
+        raise CheckpointError(f"{index} and its files disagree: " + "; ".join(first_few(sorted(problems))) + ".")
     return tensors
 
 
-def _parse_json(path: pathlib.Path, text: bytes) -> dict[str, Any]:
-    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = sorted({name for name in names if names.count(name) > 1})
-            raise CheckpointError(f"{path} is damaged: {', '.join(twice)} is there twice.")
-        return result
+def first_few(faults: list[str], most: int = 20) -> list[str]:
+    """The beginning of a list of faults, with the number of the others."""
+    return faults[:most] + ([f"and {len(faults) - most} more"] if len(faults) > most else [])
 
+
+def _parse_json(path: pathlib.Path, text: bytes) -> dict[str, Any]:
     try:
-        values = json.loads(text.decode("utf-8"), object_pairs_hook=refuse_duplicates)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
-        raise CheckpointError(
-            f"{path} is damaged or of another kind: its JSON cannot be read. Fetch it again."
-        ) from None
+        values = parse_json(text)
+    except FileError as error:
+        raise CheckpointError(f"{path} is damaged or of another kind: its JSON {error}. Fetch it again.") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} is damaged: a JSON table is expected.")
     return values
@@ -187,15 +186,16 @@ def _parse_json(path: pathlib.Path, text: bytes) -> dict[str, Any]:
 
 def _check_entry(path: pathlib.Path, name: str, entry: Any, start: int) -> Tensor:
     def is_count(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
     valid = isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}
-    valid = valid and isinstance(entry["shape"], list) and all(map(is_count, entry["shape"]))
+    shape = entry["shape"] if valid else None
+    valid = valid and isinstance(shape, list) and len(shape) <= MAX_AXES and all(map(is_count, shape))
     offsets = entry["data_offsets"] if valid else None
     valid = valid and isinstance(offsets, list) and len(offsets) == 2 and all(map(is_count, offsets))
     if not valid:
         raise CheckpointError(f"{path} is damaged: the header's entry of tensor {name!r} is malformed.")
-    if entry["dtype"] not in _ITEM_BYTES:
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in _ITEM_BYTES:
         raise CheckpointError(f"{path}: tensor {name!r} has the type {entry['dtype']!r}, which is not known here.")
     info = TensorInfo(entry["dtype"], tuple(entry["shape"]))
     if offsets[1] - offsets[0] != info.num_bytes:

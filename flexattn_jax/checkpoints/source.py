@@ -16,7 +16,7 @@ import numpy as np
 from flexattn_jax.checkpoints import layouts, source_config, trees
 from flexattn_jax.checkpoints.errors import CheckpointError
 from flexattn_jax.checkpoints.layouts import TOWER_FOLDER, AsIs, Layout
-from flexattn_jax.checkpoints.safetensors_io import Tensor, read_file, read_folder
+from flexattn_jax.checkpoints.safetensors_io import Tensor, first_few, read_file, read_folder
 from flexattn_jax.config import ConfigError, FlexAttentionConfig, VLMConfig
 
 FLOAT_TYPES = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype(np.float32)}
@@ -116,6 +116,7 @@ class SourceCheckpoint:
         """
         if config is not None and config != self.config:
             return dataclasses.replace(self, config=config).params(dtype=dtype, shardings=shardings)
+        trees.check_room(self.config, dtype or self.config.dtype, shardings)
         target, place = np.dtype(dtype or self.config.dtype), trees.sharding_of(shardings)
         return trees.nest(
             {
@@ -222,7 +223,7 @@ def _tower_tensors(values: dict[str, Any], tower: pathlib.Path | None, folder: p
 def _clip_config(values: dict[str, Any], tower: pathlib.Path | None, where: str) -> tuple[dict[str, Any], str]:
     if tower is not None:
         return source_config.read_json(tower / "config.json"), str(tower / "config.json")
-    name = values.get("mm_vision_tower")
+    name = source_config.Fields(values, where).text("mm_vision_tower")
     if name not in source_config.KNOWN_TOWERS:
         raise CheckpointError(
             f"{where} names the vision tower {name!r}, whose configuration is not known here. Give a folder with its "
@@ -276,7 +277,7 @@ def _match(source: SourceCheckpoint) -> _Matched:
         )
     groups = (("missing", absent), ("unexpected", unexpected), ("of wrong shape, type or content", faults))
     if any(lines for _, lines in groups):
-        parts = [f"{len(lines)} {what}:\n" + "\n".join(sorted(lines)) for what, lines in groups if lines]
+        parts = [f"{len(lines)} {what}:\n" + "\n".join(first_few(sorted(lines))) for what, lines in groups if lines]
         hint = ""
         if missing and all("_proj_hd" in name for name in missing):
             hint = "\nThese are FlexAttention's projections; import with --flexattention to initialise them."

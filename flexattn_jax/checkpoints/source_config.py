@@ -11,6 +11,7 @@ import pathlib
 from typing import Any
 
 from flexattn_jax import config as configs
+from flexattn_jax import files
 from flexattn_jax.checkpoints.errors import CheckpointError
 from flexattn_jax.config import DecoderConfig, FlexAttentionConfig, VisionConfig, VLMConfig
 
@@ -84,13 +85,11 @@ class Fields:
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """A JSON table. Raises CheckpointError when the file is missing or is something else."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = files.read_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; a checkpoint folder needs it.") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
-        raise CheckpointError(f"{path} is damaged: its JSON cannot be read.") from None
+    except files.FileError as error:
+        raise CheckpointError(f"{path} {error}. Fetch it again.") from None
     return Fields(values, str(path)).values
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import shutil
@@ -26,6 +25,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from flexattn_jax import config as configs
 from flexattn_jax.checkpoints import layouts, trees
@@ -36,6 +36,7 @@ from flexattn_jax.checkpoints.source import TOKENIZER_FILES, SourceCheckpoint, o
 from flexattn_jax.checkpoints.source_config import read_json
 from flexattn_jax.checkpoints.trees import restack, stack_layers, unstack_layers
 from flexattn_jax.config import VLMConfig
+from flexattn_jax.files import first_line
 
 __all__ = [
     "NativeCheckpoint",
@@ -136,7 +137,8 @@ def open_native(path: str | os.PathLike[str]) -> NativeCheckpoint:
     )
     # Half-copied folders are told apart here: orbax would find out too, but only midway and in its own words.
     found = _file_sizes(path)
-    damaged = [file for file, size in stored.get("files", {}).items() if found.get(file) != size]
+    files = _read_record(path / "parameters.json", lambda: {**stored["files"]})
+    damaged = [file for file, size in files.items() if found.get(file) != size]
     if damaged:
         raise CheckpointError(
             f"{path} is damaged or incomplete: {', '.join(damaged[:3])} {'and others ' * (len(damaged) > 3)}"
@@ -152,10 +154,7 @@ def open_native(path: str | os.PathLike[str]) -> NativeCheckpoint:
         record = read_json(path / "source.json")
         source = _read_record(
             path / "source.json",
-            lambda: SourceRecord(
-                Layout(**{k: tuple(v) if isinstance(v, list) else v for k, v in record["layout"].items()}),
-                bool(record["repeats_tied_head"]),
-            ),
+            lambda: configs.from_dict(record, SourceRecord),
         )
     return NativeCheckpoint(path, config, leaves, source)
 
@@ -163,8 +162,8 @@ def open_native(path: str | os.PathLike[str]) -> NativeCheckpoint:
 def is_native(path: pathlib.Path) -> bool:
     """Whether a folder is a checkpoint of this format."""
     try:
-        return json.loads((path / "config.json").read_text(encoding="utf-8")).get("format") == FORMAT
-    except (OSError, ValueError, AttributeError, RecursionError):
+        return read_json(path / "config.json").get("format") == FORMAT
+    except CheckpointError:
         return False
 
 
@@ -195,6 +194,7 @@ def load_params(
     config = config or stored.config
     trees.check_convertible(stored.config, config)
     place = trees.sharding_of(shardings)
+    trees.check_room(config, dtype or config.dtype, shardings)
     target = np.dtype(_DTYPES[dtype or config.dtype])
     wanted = _stored_shardings(stored.config, config, place)
     flat: dict[str, Any] = {}
@@ -235,11 +235,22 @@ def save_model(
         )
         raise CheckpointError(f"these parameters are not those that the configuration describes: {', '.join(wrong)}.")
     infos = {name: (shapes[name], np.dtype(flat[name].dtype)) for name in shapes}
+    if jax.process_index():  # the first process writes; the others give it what lies on their devices
+        for name in infos:
+            _whole_array(flat[name])
+        return
     with replacing(path, is_native) as folder:
-        write_params(folder, infos, lambda name: flat[name])
+        write_params(folder, infos, lambda name: _whole_array(flat[name]))
         if like is not None:
             _copy_attachments(pathlib.Path(like), folder)
         write_config(folder, config)
+
+
+def _whole_array(leaf: Any) -> Any:
+    """A leaf, brought together on the host where it lies on devices of several processes; all of them must ask."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return multihost_utils.process_allgather(leaf, tiled=True)
+    return leaf
 
 
 def _copy_attachments(source: pathlib.Path, folder: pathlib.Path) -> None:
@@ -282,7 +293,10 @@ def write_params(
             tree = trees.nest({path: read(path) for path in paths})
             save_args = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
             target = folder.absolute() / "params" / str(leaves[paths[0]].group)
-            checkpointer.save(target, args=ocp.args.PyTreeSave(tree, save_args=save_args))
+            try:
+                checkpointer.save(target, args=ocp.args.PyTreeSave(tree, save_args=save_args))
+            except (OSError, ValueError, RuntimeError) as error:  # as orbax has it, when a disk is full
+                raise CheckpointError(f"{target} cannot be written: {first_line(error, 200)}.") from error
             on_write(sum(int(np.prod(leaves[p].shape)) * leaves[p].dtype.itemsize for p in paths))
     record = {n: {"shape": list(v.shape), "dtype": v.dtype.name, "group": v.group} for n, v in leaves.items()}
     write_json(folder / "parameters.json", {"leaves": record, "files": _file_sizes(folder)})
@@ -296,7 +310,7 @@ def _file_sizes(folder: pathlib.Path) -> dict[str, int]:
 def _read_record(path: pathlib.Path, read: Callable[[], Any]) -> Any:
     try:
         return read()
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path} is damaged ({error}). Import the checkpoint again.") from None
 
 
@@ -315,7 +329,12 @@ def _orbax() -> Iterator[ocp.Checkpointer]:
         (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
         (jax.Array, ocp.type_handlers.ArrayHandler()),
     )
-    checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False))
+    own = jax.process_index()  # no other process is waited for: each reads for itself, and only one writes
+    options = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+    handler = ocp.PyTreeCheckpointHandler(
+        type_handler_registry=registry, use_compression=False, multiprocessing_options=options
+    )
+    checkpointer = ocp.Checkpointer(handler, multiprocessing_options=options)
     try:
         yield checkpointer
     finally:
@@ -339,8 +358,9 @@ def _restore(
                 group, args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
             )
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{group} is damaged or incomplete ({reason}). Import the checkpoint again.") from None
+        raise CheckpointError(
+            f"{group} is damaged or incomplete ({first_line(error, 200)}). Import the checkpoint again."
+        ) from None
     flat = trees.flatten(tree)
     wrong = [path for path in paths if tuple(flat[path].shape) != leaves[path].shape]
     if wrong:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,6 +18,22 @@ from flexattn_jax.config import VLMConfig
 
 Array = Any  # jax.Array or np.ndarray
 STACKS = r"blocks|plain|flex|stage\d+"  # the subtrees whose leaves have a layer axis in front
+
+
+def check_room(config: VLMConfig, dtype: str, shardings: Any) -> None:
+    """Raises CheckpointError for parameters that are all to go into this machine's memory and are larger than that.
+
+    What a device of another kind cannot hold, its own allocator says.
+    """
+    if shardings is not None or jax.default_backend() != "cpu":
+        return
+    needed = sum(math.prod(shape) for shape in layouts.leaf_shapes(config).values()) * np.dtype(dtype).itemsize
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise CheckpointError(
+            f"the parameters take {needed / 2**30:.1f} GiB in {dtype}, and this machine's memory has "
+            f"{memory / 2**30:.1f} GiB; take dtype bfloat16, a smaller model or a larger machine."
+        )
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -36,6 +54,14 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[last] = value
     return tree
+
+
+def param_shapes(config: VLMConfig) -> dict[str, Any]:
+    """The parameter tree of a configuration as jax.ShapeDtypeStruct, float32."""
+    shapes = {path: jax.ShapeDtypeStruct(s, np.float32) for path, s in layouts.leaf_shapes(config).items()}
+    if config.scan_layers:
+        return nest(shapes)
+    return jax.eval_shape(lambda: unstack_layers(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), nest(shapes))))
 
 
 def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,7 +168,7 @@ def target_leaves(config: VLMConfig) -> dict[str, tuple[list[str], bool]]:
 def sharding_of(shardings: Any) -> Callable[[str], jax.sharding.Sharding]:
     """Leaf path -> sharding, from a tree of shardings, one for all leaves, or None (the default device)."""
     if shardings is None:
-        shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     if isinstance(shardings, jax.sharding.Sharding):
         return lambda path: shardings
     flat = flatten(shardings)

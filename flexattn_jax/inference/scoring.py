@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from flexattn_jax.inference.generation import cells_projected, selected
-from flexattn_jax.inputs.batching import Batch, OptionBatch
+from flexattn_jax.inference.reading import Prompts, read_prompts
+from flexattn_jax.inputs.batching import OptionBatch
 from flexattn_jax.models.vlm import VLM
 
 
@@ -29,7 +30,7 @@ class Scored:
     cells_read: jax.Array | None
 
 
-def score(model: VLM, params: dict, batch: Batch, options: OptionBatch) -> Scored:
+def score(model: VLM, params: dict, prompts: Prompts, options: OptionBatch) -> Scored:
     """Mean loss of each option after its prompt.
 
     The row before an option and every row inside it read high resolution, each by its own selection: the path that the
@@ -37,10 +38,9 @@ def score(model: VLM, params: dict, batch: Batch, options: OptionBatch) -> Score
 
     Args:
       params: of the model.
-      batch: prompts and pictures.
       options: token_ids (B, O, n), lengths (B, O).
     """
-    first, memory, named = model.apply({"params": params}, batch, batch.token_ids.shape[1], method=VLM.prefill)
+    first, memory, named = read_prompts(model, params, prompts, 0)
     later, inside, memory = model.apply(
         {"params": params}, memory, options.token_ids, options.lengths, method=VLM.continuations
     )

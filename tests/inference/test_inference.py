@@ -177,7 +177,7 @@ def test_forgotten_lists_are_errors(setup, tokenizer):
     vlm = VisionLanguageModel(*setup, tokenizer)
     with pytest.raises(BatchError, match="options must be a list of texts for each question"):
         vlm.score([picture(0)], ["a"], ["red"])
-    with pytest.raises(BatchError, match="options must be a list of texts for each question"):
+    with pytest.raises(BatchError, match=r"options\[0\]\[0\] is 1; it must be a text"):
         vlm.score_prompts([picture(0)], [build_prompt("a")], [[1, 2]])
     with pytest.raises(BatchError, match="images must be a list with an entry for each question, not str"):
         vlm.answer("dog.jpg", "What?")
