@@ -69,6 +69,7 @@ class Sample(NamedTuple):
         views: what the tower saw of the picture, without a batch axis, in place of pixels.
         segments: (n,) int, ascending, which text each id belongs to: 0 is the beginning, then 1, 2, ... (Batch.blocks);
             None: one text.
+        encoded: the picture's features go to the model beside the batch.
     """
 
     ids: Sequence[int]
@@ -76,10 +77,11 @@ class Sample(NamedTuple):
     size: tuple[int, int] | None = None
     views: Any = None
     segments: np.ndarray | None = None
+    encoded: bool = False
 
     @property
     def has_picture(self) -> bool:
-        return self.pixels is not None or self.views is not None
+        return self.pixels is not None or self.views is not None or self.encoded
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from flexattn_jax.config import IMAGE_PLACEHOLDER
 from flexattn_jax.inputs.prompts import END_OF_ANSWER, IMAGE_TAG, SYSTEM
-from flexattn_jax.inputs.tokenizer import Tokenizer
+from flexattn_jax.inputs.tokenizer import MAX_CHARACTERS, Tokenizer
 
 
 class ConversationError(ValueError):
@@ -63,13 +63,15 @@ def tokenize_conversation(tokenizer: Tokenizer, turns: tuple[Turn, ...]) -> tupl
         sequence after each.
 
     Raises:
-        ConversationError: an empty answer, or IMAGE_TAG more than once or in an answer.
+        ConversationError: an empty answer, a text beyond all measure, or IMAGE_TAG more than once or in an answer.
     """
     tags = sum(turn.question.count(IMAGE_TAG) for turn in turns)
     if tags > 1 or any(IMAGE_TAG in turn.answer for turn in turns):
         raise ConversationError(f"{IMAGE_TAG} may stand in one question, once, and in no answer")
     if not turns or not all(turn.answer.strip() for turn in turns):
         raise ConversationError("it has a question without an answer")
+    if any(len(text) > MAX_CHARACTERS for turn in turns for text in turn):
+        raise ConversationError(f"a sentence of it has more than {MAX_CHARACTERS:,} characters")
     ids = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
     learned = [False] * len(ids)
     for prompt, answer in rounds(turns):

@@ -7,22 +7,32 @@ with a decoder of their own are opened (none that starts another program), and e
 
 from __future__ import annotations
 
+import functools
 import io
 import os
+import re
+import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from flexattn_jax.config import VLMConfig
+from flexattn_jax.files import FileError, read_bytes
 
 ImageSource = str | os.PathLike | bytes | bytearray | memoryview | Image.Image | np.ndarray
 
 MAX_PIXELS = 64 * 2**20
 MAX_SIDE = 32_768  # a thin picture has few pixels, but becomes a square of its longer side
+MAX_BYTES = 1 << 29  # of a picture's file, which some decoders read at once
+MAX_SCANS = 100  # of a JPEG: each is a pass over all pixels, and a few bytes make one; genuine ones have 20 at most
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 _ORIENTATION = 0x0112  # EXIF tag
+_MARKER = re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])")  # of a JPEG's segment with a length, or its end
+_START_OF_SCAN, _END_OF_IMAGE = b"\xda", b"\xd9"
+_WARNINGS = threading.Lock()  # the filters of warnings belong to the whole process
 _STRIP_SIDE = 8192  # larger squares are padded and resized strip by strip, to bound memory
 
 
@@ -30,7 +40,7 @@ class ImageError(ValueError):
     """A picture that cannot be used; the message names it and says what to do."""
 
 
-def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_image(source: ImageSource, max_pixels: int | None = None) -> Image.Image:
     """The picture as PIL RGB.
 
     8-bit modes are converted as CLIPImageProcessor does it, by `convert("RGB")`: transparency is dropped, not
@@ -40,11 +50,12 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
 
     Args:
         source: a path, the bytes of a file, a PIL image, or an (height, width, 3) uint8 RGB array.
-        max_pixels: largest width x height that is decoded.
+        max_pixels: largest width x height that is decoded; None: MAX_PIXELS.
 
     Raises:
         ImageError: missing, empty, truncated, too large, or not a picture.
     """
+    max_pixels = MAX_PIXELS if max_pixels is None else max_pixels
     if isinstance(source, np.ndarray):
         if source.ndim != 3 or source.shape[2] != 3 or source.dtype != np.uint8:
             raise ImageError(
@@ -59,27 +70,36 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
         data = bytes(source)
         name = f"the picture given as {len(data)} bytes"
         if not data:
-            raise ImageError("the picture given as bytes is empty")
-        return _open(io.BytesIO(data), name, max_pixels)
+            raise ImageError(f"{name} is empty")
+        return _open(data, name, max_pixels)
     if not isinstance(source, (str, os.PathLike)):
         raise ImageError(f"a picture must be a path, bytes, a PIL image or a numpy array, not {type(source).__name__}")
     path = Path(source)
     name = f"picture {path}"
     try:
-        # Only regular files: opening a pipe or a device would hang.
-        if not path.is_file():
-            reason = "is a folder or device, not a file" if path.exists() else "does not exist"
-            raise ImageError(f"{name} {reason}; check the path")
-        if path.stat().st_size == 0:
-            raise ImageError(f"{name} is empty (0 bytes); copy or download it again")
-        with path.open("rb") as file:
-            return _open(file, name, max_pixels)
-    except OSError as error:
-        raise ImageError(f"{name} cannot be read ({error.strerror}); check the path and its permissions") from error
-    except ValueError as error:  # a NUL character in the path
-        if isinstance(error, ImageError):
-            raise
-        raise ImageError(f"{name!r} is no valid path") from error
+        data = read_bytes(path, MAX_BYTES)
+    except FileNotFoundError as error:
+        raise ImageError(f"{name} does not exist; check the path") from error
+    except FileError as error:
+        raise ImageError(f"{name} {error}; check the path and its permissions") from error
+    if not data:
+        raise ImageError(f"{name} is empty (0 bytes); copy or download it again")
+    return _open(data, name, max_pixels)
+
+
+def picture_size(data: bytes, name: str) -> tuple[int, int]:
+    """(width, height) of the picture in a file's bytes, from its head alone, for boxes that are given in pixels.
+
+    Raises:
+        ImageError: as `load_image`; and for one with an EXIF orientation, since nobody says whether boxes mean the
+            picture as stored or upright.
+    """
+    image = _open_head(data, name, MAX_PIXELS)
+    if _orientation(image) != 1:
+        raise ImageError(
+            f"{name} has an EXIF orientation, so what its boxes mean is open; save it upright, without EXIF"
+        )
+    return image.size
 
 
 def pad_to_square(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
@@ -111,10 +131,17 @@ def preprocess(image: Image.Image, config: VLMConfig) -> tuple[np.ndarray, tuple
     """
     fill = tuple(int(255 * mean) for mean in config.image_mean)
     resized = _resize_padded(image, fill, config.image_size)
+    normalised = _normalised(tuple(config.image_mean), tuple(config.image_std))
+    channels = np.asarray(resized).transpose(2, 0, 1)
+    return np.stack([table[channel] for table, channel in zip(normalised, channels, strict=True)]), image.size
+
+
+@functools.cache
+def _normalised(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """(3, 256) float32: what each channel's bytes become, a table since a picture has many more pixels than values."""
     # The published order: float64 product, rounded once to float32, then float32 mean and standard deviation.
-    pixels = (np.asarray(resized) * (1 / 255)).astype(np.float32)
-    pixels = (pixels - np.float32(config.image_mean)) / np.float32(config.image_std)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1)), image.size
+    values = (np.arange(256) * (1 / 255)).astype(np.float32)
+    return (values - np.float32(mean)[:, None]) / np.float32(std)[:, None]
 
 
 def content_mask(size: tuple[int, int], grid: int) -> np.ndarray:
@@ -168,18 +195,42 @@ def _check_size(name: str, width: int, height: int, max_pixels: int) -> None:
         )
 
 
-def _open(file: io.IOBase, name: str, max_pixels: int) -> Image.Image:
+def _open_head(data: bytes, name: str, max_pixels: int) -> Image.Image:
+    """The picture before its pixels are decoded."""
+    if len(data) > MAX_BYTES:
+        raise ImageError(f"{name} is larger than {MAX_BYTES >> 20} MiB; save it smaller")
     try:
-        image = Image.open(file, formats=_FORMATS)
+        with _WARNINGS, warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower and says more
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.UnidentifiedImageError as error:
         raise ImageError(
             f"{name} is not a picture, or its beginning is damaged; supported are {', '.join(_FORMATS)}"
         ) from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:
         raise ImageError(f"{name} has far too many pixels to decode; scale it down first") from error
     except Exception as error:
         raise _damaged(name) from error
-    return _decode(image, name, max_pixels)
+    _check_size(name, *image.size, max_pixels)
+    if image.format in ("JPEG", "MPO") and _scans(data) > MAX_SCANS:
+        raise ImageError(f"{name} is a JPEG of more than {MAX_SCANS} scans, which would take hours; save it again")
+    return image
+
+
+def _scans(data: bytes) -> int:
+    """Scans of a JPEG, counted no further than one beyond MAX_SCANS."""
+    count, place = 0, 2
+    while count <= MAX_SCANS and (marker := _MARKER.search(data, place)):
+        kind, place = marker[1], marker.end()
+        if kind == _END_OF_IMAGE:
+            break
+        count += kind == _START_OF_SCAN
+        place += int.from_bytes(data[place : place + 2], "big")
+    return count
+
+
+def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
+    return _decode(_open_head(data, name, max_pixels), name, max_pixels)
 
 
 def _decode(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
@@ -206,12 +257,17 @@ def _damaged(name: str) -> ImageError:
     return ImageError(f"{name} is damaged or truncated; copy or download it again")
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int:
+    """EXIF's, 1 for upright."""
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # a corrupt EXIF block says nothing about the orientation, and the pixels are fine
-        return image
-    return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

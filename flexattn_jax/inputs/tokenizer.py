@@ -8,9 +8,9 @@ after the picture does, starts with a lone "▁" token.
 from __future__ import annotations
 
 import abc
-import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,12 @@ import sentencepiece
 import tokenizers
 
 from flexattn_jax.config import IMAGE_PLACEHOLDER
+from flexattn_jax.files import FileError, read_bytes, read_json
 from flexattn_jax.inputs.prompts import IMAGE_TAG
 
+MAX_CHARACTERS = 1 << 20  # of a text; no model takes as many tokens
+_MAX_BYTES = 1 << 28  # of a vocabulary; the largest published ones have 30 MB
+_MAX_ID = 1 << 20
 _EXPECTED = (
     "a checkpoint folder holds tokenizer.json (Hugging Face) or tokenizer.model (SentencePiece); copy one from the "
     "published checkpoint"
@@ -48,6 +52,10 @@ class Tokenizer(abc.ABC):
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
         """Ids of `text`, after `bos_id` if asked for (and if there is one)."""
         # A lone surrogate, which JSON can hold, has no UTF-8 form, and the tokenisers would crash on it.
+        if not isinstance(text, str):
+            raise TokenizerError(f"a text is expected, not {type(text).__name__}")
+        if len(text) > MAX_CHARACTERS:
+            raise TokenizerError(f"a text has {len(text):,} characters, the limit is {MAX_CHARACTERS:,}; shorten it")
         ids = self._encode(text.encode("utf-8", "replace").decode())
         return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
 
@@ -119,21 +127,26 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
         raise TokenizerError(f"{folder} holds no tokeniser: {_EXPECTED}")
     settings = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
     added = _read_json(folder / "added_tokens.json")
-    if not all(isinstance(i, int) for i in added.values()):
-        raise TokenizerError(f"{folder / 'added_tokens.json'} must map tokens to ids; copy it again")
-    if file.stat().st_size == 0:
+    if not all(token and type(i) is int and 0 <= i < _MAX_ID for token, i in added.items()):
+        raise TokenizerError(f"{folder / 'added_tokens.json'} must map tokens to ids from 0 on; copy it again")
+    try:
+        data = read_bytes(file, _MAX_BYTES)
+    except FileError as error:
+        raise TokenizerError(f"{file} {error}: {_EXPECTED}") from error
+    if not data:
         raise TokenizerError(f"{file} is empty: {_EXPECTED}")
     try:
         if file == fast:
-            backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+            tokenizer = _HuggingFaceTokenizer(tokenizers.Tokenizer.from_str(data.decode()), settings)
         else:
-            backend = sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes())
-    except Exception as error:  # both libraries raise bare Exception or RuntimeError on a damaged file
+            backend = sentencepiece.SentencePieceProcessor(model_proto=data)
+            tokenizer = _SentencePieceTokenizer(backend, added, settings)
+    except TokenizerError as error:
+        raise TokenizerError(f"{folder}: {error}") from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # of every type, on a damaged file; a panic of Rust's is not even an Exception
         raise TokenizerError(f"{file} is damaged or of another format: {_EXPECTED}") from error
-    if file == fast:
-        tokenizer = _HuggingFaceTokenizer(backend, settings)
-    else:
-        tokenizer = _SentencePieceTokenizer(backend, added, settings)
     if tokenizer.eos_id is None:
         raise TokenizerError(f"{folder} names no end-of-sequence token; set eos_token in its tokenizer_config.json")
     return tokenizer
@@ -178,9 +191,12 @@ def tokenize_continuation(tokenizer: Tokenizer, prompt: str, continuation: str) 
     return ids[len(before) :]
 
 
-def _special_id(settings: dict[str, Any], key: str, usual: str, lookup) -> int | None:
+def _special_id(settings: dict[str, Any], key: str, usual: str, lookup: Callable[[str], int | None]) -> int | None:
     name = settings.get(key) or usual
-    return lookup(name["content"] if isinstance(name, dict) else name)
+    name = name.get("content") if isinstance(name, dict) else name
+    if not isinstance(name, str):
+        raise TokenizerError(f"{key} is {str(name)[:80]!r}; it must be a token, or a table with the token as content")
+    return lookup(name)
 
 
 def _adds_bos(settings: dict[str, Any], usual: bool) -> bool:
@@ -189,12 +205,12 @@ def _adds_bos(settings: dict[str, Any], usual: bool) -> bool:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TokenizerError(f"{file} is no valid JSON; copy it again from the published checkpoint") from error
+        values = read_json(file)
+    except FileNotFoundError:
+        return {}
+    except FileError as error:
+        raise TokenizerError(f"{file} {error}; copy it again from the published checkpoint") from error
     if not isinstance(values, dict):
         raise TokenizerError(f"{file} holds no JSON object; copy it again from the published checkpoint")
     return values

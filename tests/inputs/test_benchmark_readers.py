@@ -241,7 +241,7 @@ def test_missing_pictures(name, folder):
         assert questions and errors and all(str(pictures[0]) in error.reason for error in errors)
     shutil.rmtree(data / FILES[name][1])
     (data / FILES[name][1]).mkdir()
-    with pytest.raises(DatasetError, match=r"none of the \d+ pictures is there, among them .*is published at"):
+    with pytest.raises(DatasetError, match=r"none of the \d+ pictures is there: the picture .*is published at"):
         read(name, data)
 
 

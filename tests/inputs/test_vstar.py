@@ -42,7 +42,7 @@ def test_reads_every_field_in_a_stable_order(tmp_path):
     [
         ("{", "not valid JSON"),
         ("", "not valid JSON"),
-        ("[" * 100_000, "not valid JSON"),
+        ("[" * 100_000, "nested too deeply"),
         ("\xff\xfe", "must hold an object|not valid JSON"),
         ("[]", "must hold an object"),
         ({k: v for k, v in FIELDS.items() if k != "question"}, "'question' is missing"),
@@ -61,9 +61,9 @@ def test_reads_every_field_in_a_stable_order(tmp_path):
         (FIELDS | {"bbox": [[1, 2, 3]]}, "'bbox' must be"),
         (FIELDS | {"bbox": [[1, 2, -3, 4]]}, "'bbox' must be"),
         (FIELDS | {"bbox": [[1, 2, 3, True]]}, "'bbox' must be"),
-        (json.dumps(FIELDS).replace("[1, 2", "[NaN, 2"), "'bbox' must be"),
-        (json.dumps(FIELDS).replace("[1, 2", "[Infinity, 2"), "'bbox' must be"),
-        (json.dumps(FIELDS).replace("[1, 2", f"[1{'0' * 400}, 2"), "'bbox' must be"),
+        (json.dumps(FIELDS).replace("[1, 2", "[NaN, 2"), "holds NaN"),
+        (json.dumps(FIELDS).replace("[1, 2", "[Infinity, 2"), "holds Infinity"),
+        (json.dumps(FIELDS).replace("[1, 2", f"[1{'0' * 400}, 2"), "no number"),
     ],
 )
 def test_a_broken_json_is_named_and_the_others_are_read(tmp_path, fields, reason):

@@ -17,7 +17,7 @@ from flexattn_jax.inputs.prompts import (
     format_options,
 )
 from flexattn_jax.inputs.tokenizer import load_tokenizer, tokenize_continuation, tokenize_prompt
-from flexattn_jax.inputs.word_tokenizer import write_word_tokenizer
+from flexattn_jax.inputs.word_tokenizer import SAID, write_word_tokenizer
 
 UNKNOWN, BOS, EOS = 0, 1, 2
 
@@ -85,6 +85,12 @@ def test_a_conversation_is_its_prompt_and_its_answer(words):
 def test_sentences_that_are_always_the_same_are_one_token(words):
     assert len(words.encode(SYSTEM)) == len(words.encode(SHORT_ANSWER)) == len(words.encode(LETTER_ANSWER)) == 1
     assert len(tokenize_prompt(words, build_prompt("What is the color of the crown?"))) == 9
+
+
+def test_what_is_said_of_an_object_follows_its_name_in_one_token(words):
+    for answer in ("The color of the crown is red.", "The crown is on the left side of the key."):
+        after = words.encode(answer.removeprefix(answer.split("crown")[0]))
+        assert words.decode(after[:1]) == "crown" and words.decode(after[1:2]) in SAID
 
 
 def test_words_that_nobody_asks_for_are_unknown_and_not_lost(words):

@@ -41,4 +41,4 @@ def read_gqa(data_dir: str | Path) -> q.Reading:
             answers=(q.text(entry, "answer"),),
         )
 
-    return SOURCE.collect(where, ((name, lambda n=name, e=entry: make(n, e)) for name, entry in entries.items()))
+    return SOURCE.collect(root, where, ((name, lambda n=name, e=entry: make(n, e)) for name, entry in entries.items()))

@@ -25,7 +25,8 @@ def read_hrbench(data_dir: str | Path, variant: str) -> q.Reading:
     Raises:
         DatasetError: the table is missing or cannot be read.
     """
-    where = SOURCE.find(SOURCE.root(data_dir), f"hr_bench_{variant}.tsv")
+    root = SOURCE.root(data_dir)
+    where = SOURCE.find(root, f"hr_bench_{variant}.tsv")
 
     def make(row: tables.Row) -> q.Question:
         index, question, category = (row.text(name) for name in ("index", "question", "category"))
@@ -46,4 +47,4 @@ def read_hrbench(data_dir: str | Path, variant: str) -> q.Reading:
     for row in tables.read_table(where, SOURCE):
         del row.values["image"]  # up to 15 MB; it is read again when it is asked about
         entries.append((f"row {row.number}", lambda r=row: make(r)))
-    return SOURCE.collect(where, entries)
+    return SOURCE.collect(root, where, entries)

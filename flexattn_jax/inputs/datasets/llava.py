@@ -10,12 +10,12 @@ cannot be used is listed and left out.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from flexattn_jax.files import DATA_BYTES, FileError, leaves_folder, read_json
 from flexattn_jax.inputs.conversations import Conversation, ConversationError, Turn
 from flexattn_jax.inputs.prompts import IMAGE_TAG
 
@@ -34,7 +34,9 @@ class Skipped(NamedTuple):
     reason: str
 
 
-def read_llava(file: str | os.PathLike, pictures: str | os.PathLike) -> tuple[list[Conversation], list[Skipped]]:
+def read_llava(
+    file: str | os.PathLike, pictures: str | os.PathLike, follow_links: bool = False
+) -> tuple[list[Conversation], list[Skipped]]:
     """Reads conversations in LLaVA's format and finds their pictures; opens none of them.
 
     IMAGE_TAG is moved to the front of its question, as LLaVA does, or put before the first one where a conversation
@@ -43,6 +45,7 @@ def read_llava(file: str | os.PathLike, pictures: str | os.PathLike) -> tuple[li
     Args:
         file: JSON list of {"id", "image" (optional), "conversations": [{"from": "human" | "gpt", "value"}, ...]}.
         pictures: folder that "image" is relative to.
+        follow_links: whether links may lead out of that folder.
 
     Returns:
         usable conversations in the file's order, and the others.
@@ -56,12 +59,12 @@ def read_llava(file: str | os.PathLike, pictures: str | os.PathLike) -> tuple[li
     if not pictures.is_dir():
         raise ConversationError(f"the folder of pictures {pictures} does not exist; {HOMES}")
     try:
-        records = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ConversationError(f"{file} is no valid JSON ({error}); download it again") from error
+        records = read_json(file, DATA_BYTES)
+    except FileError as error:
+        raise ConversationError(f"{file} {error}; download it again") from error
     if not isinstance(records, list):
         raise ConversationError(f"{file} holds no list of conversations; {HOMES}")
-    finder = PictureFinder(pictures)
+    finder = PictureFinder(pictures, follow_links)
     usable, skipped = [], []
     for number, record in enumerate(records):
         name = f"{number}:{record.get('id', '')}" if isinstance(record, dict) else str(number)
@@ -75,15 +78,16 @@ def read_llava(file: str | os.PathLike, pictures: str | os.PathLike) -> tuple[li
 class PictureFinder:
     """Finds pictures below a folder by listing each of its folders once, which is far quicker than asking for each."""
 
-    def __init__(self, root: Path):
-        self._root = root
+    def __init__(self, root: Path, follow_links: bool = False):
+        self._root, self._follow_links = root, follow_links
         self._listings: dict[str, dict[str, str]] = {}  # folder -> name, and stem in lower case -> best name
+        self._leaving: dict[str, set[str]] = {}  # folder -> names that lead out of the root
 
     def find(self, path: str) -> str:
         """The picture's path relative to the root: as given, or with another suffix.
 
         Raises:
-            ConversationError: it is not there, or lies outside the root.
+            ConversationError: it is not there, or lies outside the root, be it by a link.
         """
         pure = PurePosixPath(path)
         if pure.is_absolute() or ".." in pure.parts or not pure.name or "\0" in path:
@@ -95,13 +99,26 @@ class PictureFinder:
         found = listing.get(pure.name) or listing.get(_stem_key(pure.name))
         if found is None:
             raise ConversationError(f"its picture {path} is missing, under any of {', '.join(SUFFIXES)}")
+        if found in self._leaving.get(folder, ()):
+            raise ConversationError(
+                f"its picture {path} is a link out of the folder of pictures; set data.follow_links if it may be one"
+            )
         return str(pure.with_name(found))
 
     def _list(self, folder: str) -> dict[str, str]:
         try:
-            names = [entry.name for entry in os.scandir(self._root / folder) if not entry.is_dir()]
+            outside = leaves_folder(self._root / folder, self._root)
+            with os.scandir(self._root / folder) as entries:
+                linked = {entry.name: entry.is_symlink() for entry in entries if not entry.is_dir()}
         except OSError:
             return {}
+        if not self._follow_links:
+            self._leaving[folder] = {
+                name
+                for name, link in linked.items()
+                if outside or (link and leaves_folder(self._root / folder / name, self._root))
+            }
+        names = list(linked)
         rank = {suffix: place for place, suffix in enumerate(SUFFIXES)}
         known = sorted((n for n in names if _suffix(n) in rank), key=lambda n: (rank[_suffix(n)], n), reverse=True)
         return {_stem_key(name): name for name in known} | {name: name for name in names}

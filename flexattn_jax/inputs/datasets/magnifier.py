@@ -56,4 +56,4 @@ def read_magnifier(data_dir: str | Path) -> q.Reading:
             target="ABCD".index(answer),
         )
 
-    return SOURCE.collect(where, ((name, lambda n=name, e=entry: make(n, e)) for name, entry in entries.items()))
+    return SOURCE.collect(root, where, ((name, lambda n=name, e=entry: make(n, e)) for name, entry in entries.items()))

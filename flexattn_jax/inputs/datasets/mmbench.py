@@ -61,4 +61,4 @@ def read_mmbench(data_dir: str | Path) -> q.Reading:
             pictures[row.values.get("index", "")] = row.picture
             image = image[: _LONGEST_REFERENCE + 1]  # the picture itself is read again when it is asked about
         entries.append((f"row {row.number}", lambda r=row, i=image: make(r, i)))
-    return SOURCE.collect(where, entries)
+    return SOURCE.collect(root, where, entries)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from flexattn_jax.files import read_bytes
 from flexattn_jax.inputs.datasets import questions as q
 
 SOURCE = q.Source(
@@ -49,14 +50,14 @@ def read_mme(data_dir: str | Path) -> q.Reading:
             entries += _entries(category, path, pictures)
     if len(missing) == len(CATEGORIES):
         raise q.DatasetError(f"the data folder {root} has none of MME's categories in it. {SOURCE}")
-    questions, errors = SOURCE.collect(root, entries)
+    questions, errors = SOURCE.collect(root, root, entries)
     return questions, missing + errors
 
 
 def _entries(category: str, path: Path, pictures: Path):
     try:
-        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError):
+        lines = [line for line in read_bytes(path).decode().splitlines() if line.strip()]
+    except (OSError, ValueError):  # the entries say what is expected
         lines = []
     candidates = [pictures / (path.stem + suffix) for suffix in _SUFFIXES]
     picture = next((candidate for candidate in candidates if candidate.exists()), candidates[0])

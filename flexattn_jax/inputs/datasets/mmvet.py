@@ -39,4 +39,4 @@ def read_mmvet(data_dir: str | Path) -> q.Reading:
             answers=(entry["answer"],) if q.is_text(entry.get("answer")) else (),  # for the reader; nothing is scored
         )
 
-    return SOURCE.collect(where, ((name, lambda n=name, e=entry: make(n, e)) for name, entry in entries.items()))
+    return SOURCE.collect(root, where, ((name, lambda n=name, e=entry: make(n, e)) for name, entry in entries.items()))

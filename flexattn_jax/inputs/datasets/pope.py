@@ -46,4 +46,4 @@ def read_pope(data_dir: str | Path) -> q.Reading:
     for kind in KINDS:
         lines = SOURCE.load_lines(SOURCE.find(folder, f"coco_pope_{kind}.json"))
         entries += [(f"{kind}, {name}", maker) for name, maker in q.numbered(lines, partial(make, kind))]
-    return SOURCE.collect(folder, entries)
+    return SOURCE.collect(root, folder, entries)

@@ -7,16 +7,16 @@ entry, and the others are read. Only a folder that cannot be used at all is a `D
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from flexattn_jax.files import DATA_BYTES, FileError, leaves_folder, parse_json, read_bytes
 from flexattn_jax.inputs.prompts import IMAGE_TAG
 
-_MAX_JSON_BYTES = 1 << 32  # no file of these benchmarks is larger; more is a mistake
 _NAMED_PICTURES = 3
+COPY = "copy what it leads to into the folder (hard links take no room: cp -rl)"
 
 
 class DatasetError(ValueError):
@@ -86,23 +86,25 @@ class Source:
         return root
 
     def find(self, root: Path, *names: str) -> Path:
-        """The first of `names`, paths below `root`, that exists. Raises DatasetError."""
+        """The first of `names`, paths below `root`, that exists. Raises DatasetError, also for a link out of `root`."""
         for name in names:
             if (root / name).exists():
+                if leaves_folder(root / name, root):
+                    raise DatasetError(f"{root / name} is a link that leaves the data folder; {COPY}")
                 return root / name
         raise DatasetError(f"the data folder {root} has no {' and no '.join(names)}. {self}")
 
     def load(self, path: Path) -> Any:
         """The content of a JSON file. Raises DatasetError."""
-        return _read(path, json.loads, self)
+        return _read(path, parse_json, self)
 
     def load_lines(self, path: Path) -> list[Any]:
         """The content of a file with a JSON value on each line (or of one JSON list). Raises DatasetError."""
 
         def parse(data: bytes) -> list[Any]:
             if data.lstrip()[:1] == b"[":
-                return json.loads(data)
-            return [json.loads(line) for line in data.splitlines() if line.strip()]
+                return parse_json(data)
+            return [parse_json(line) for line in data.splitlines() if line.strip()]
 
         return _read(path, parse, self)
 
@@ -114,10 +116,11 @@ class Source:
             raise DatasetError(f"{path} holds no list {name!r}, so it is not {self.name}'s file. {self}")
         return entries
 
-    def collect(self, where: Path, entries: Iterable[tuple[str, Callable[[], Question]]]) -> Reading:
-        """The questions that can be made of `entries` (name and maker), and what is wrong with the others.
+    def collect(self, root: Path, where: Path, entries: Iterable[tuple[str, Callable[[], Question]]]) -> Reading:
+        """The questions that can be made of `entries` (name and maker) of `where`, and what is wrong with the others.
 
-        Pictures in files of their own must be there. Raises DatasetError if no picture is, or nothing is a question.
+        Pictures in files of their own must be there, and no link may take them out of `root`. Raises DatasetError if no
+        picture is there, or nothing is a question.
         """
         questions: list[Question] = []
         errors: list[QuestionError] = []
@@ -135,51 +138,59 @@ class Source:
         if not questions:
             reason = f" ({errors[0].reason})" if errors else ""
             raise DatasetError(f"{where} holds no question that can be read{reason}. {self}")
-        here, missing = _split_by_picture(questions)
-        if not here:
-            wanted = ", ".join(str(path) for path in missing[:_NAMED_PICTURES])
-            raise DatasetError(f"none of the {len(missing)} pictures is there, among them {wanted}. {self}")
-        kept = [question for question in questions if question.id in here]
-        errors += [
-            QuestionError(question.id, f"the picture {question.image} is missing; get {self.name}'s pictures again")
-            for question in questions
-            if question.id not in here
-        ]
-        return kept, errors
+        kept, faults = _split_by_picture(root, questions)
+        if not kept:
+            reasons = "; ".join(fault.reason for fault in faults[:_NAMED_PICTURES])
+            raise DatasetError(f"none of the {len(faults)} pictures is there: {reasons}. {self}")
+        return kept, errors + faults
 
 
-def _split_by_picture(questions: Sequence[Question]) -> tuple[set[str], list[Path]]:
-    """Names of the questions whose picture is there, and the paths of missing pictures."""
-    listings: dict[Path, set[str]] = {}
-    here, missing = set(), []
+def _split_by_picture(root: Path, questions: Sequence[Question]) -> Reading:
+    """The questions whose picture is there, inside `root`, and what is wrong with the others."""
+    listings: dict[Path, dict[str, bool]] = {}  # folder -> name -> whether the picture leaves the root
+    here, faults = [], []
     for question in questions:
-        if not isinstance(question.image, Path):
-            here.add(question.id)
+        path = question.image
+        if not isinstance(path, Path):
+            here.append(question)
             continue
-        folder = question.image.parent
-        if folder not in listings:  # listed once: a file system answers thousands of single questions slowly
-            listings[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
-        if question.image.name in listings[folder]:
-            here.add(question.id)
+        if path.parent not in listings:  # listed once: a file system answers thousands of single questions slowly
+            listings[path.parent] = _listing(root, path.parent)
+        leaves = listings[path.parent].get(path.name)
+        if leaves is None:
+            faults.append(QuestionError(question.id, f"the picture {path} is missing; get it again"))
+        elif leaves:
+            faults.append(QuestionError(question.id, f"the picture {path} is a link out of the data folder; {COPY}"))
         else:
-            missing.append(question.image)
-    return here, missing
+            here.append(question)
+    return here, faults
+
+
+def _listing(root: Path, folder: Path) -> dict[str, bool]:
+    try:
+        outside = leaves_folder(folder, root)
+        with os.scandir(folder) as entries:
+            return {e.name: outside or (e.is_symlink() and leaves_folder(Path(e.path), root)) for e in entries}
+    except OSError:
+        return {}
 
 
 def _read(path: Path, parse: Callable[[bytes], Any], source: Source) -> Any:
-    again = f"download it again from {source.home}"
     try:
-        if not path.is_file():
-            raise DatasetError(f"{path} is no file. {source}")
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise DatasetError(f"{path} is larger than {_MAX_JSON_BYTES >> 30} GB, which no file of {source.name} is")
-        return parse(path.read_bytes())
-    except OSError as error:
-        raise DatasetError(f"{path} cannot be read ({error.strerror})") from error
-    except DatasetError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise DatasetError(f"{path} is no valid JSON, or only half of it is there; {again}") from error
+        return parse(read_bytes(path, DATA_BYTES))
+    except FileNotFoundError as error:
+        raise DatasetError(f"{path} is missing. {source}") from error
+    except FileError as error:
+        raise DatasetError(f"{path} {error}; download it again from {source.home}") from error
+
+
+def by_number(entries: Iterable[Any], name: str) -> dict[int, dict | None]:
+    """Objects by the whole number under `name`; None where several have the same, so that it is open which counts."""
+    found: dict[int, dict | None] = {}
+    for entry in entries:
+        if isinstance(entry, dict) and type(entry.get(name)) is int:
+            found[entry[name]] = None if entry[name] in found else entry
+    return found
 
 
 def field(entry: Any, name: str) -> Any:

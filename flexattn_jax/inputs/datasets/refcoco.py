@@ -9,14 +9,11 @@ are shares of the picture's width and height, and the picture is stretched to a 
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
-
-from PIL import Image
 
 from flexattn_jax.inputs.datasets import questions as q
 from flexattn_jax.inputs.datasets import tables
-from flexattn_jax.inputs.images import ImageError
+from flexattn_jax.inputs.images import ImageError, picture_size
 
 SOURCE = q.Source(
     name="RefCOCO",
@@ -40,7 +37,8 @@ def read_refcoco(data_dir: str | Path, variant: str) -> q.Reading:
     Raises:
         DatasetError: the table is missing or cannot be read.
     """
-    where = SOURCE.find(SOURCE.root(data_dir), f"{variant}.tsv")
+    root = SOURCE.root(data_dir)
+    where = SOURCE.find(root, f"{variant}.tsv")
 
     def make(row: tables.Row, size: tuple[int, int] | str) -> q.Question:
         if isinstance(size, str):
@@ -67,18 +65,15 @@ def read_refcoco(data_dir: str | Path, variant: str) -> q.Reading:
     for row in tables.read_table(where, SOURCE, _COLUMNS):
         size = _size(row.values.pop("image"))
         entries.append((f"row {row.number}", lambda r=row, s=size: make(r, s)))
-    return SOURCE.collect(where, entries)
+    return SOURCE.collect(root, where, entries)
 
 
 def _size(image: str) -> tuple[int, int] | str:
     """(width, height), or what is wrong with the picture."""
     try:
-        with Image.open(io.BytesIO(tables.decode(image))) as picture:
-            return picture.size
+        return picture_size(tables.decode(image), "its picture")
     except ImageError as error:
-        return f"its picture: {error}"
-    except Exception:  # Pillow meets broken heads with exceptions of every type
-        return "its picture is damaged; download the file again"
+        return str(error)
 
 
 def _box(text: str) -> tuple[float, ...]:

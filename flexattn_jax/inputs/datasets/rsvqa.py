@@ -36,7 +36,7 @@ def read_rsvqa(data_dir: str | Path) -> q.Reading:
     where, *others = [SOURCE.find(root, _FILE.format(name)) for name in ("questions", "answers", "images")]
     pictures = SOURCE.find(root, "Data")
     answers, images = [
-        {entry["id"]: entry for entry in SOURCE.entries(path, name) if _active(entry)}
+        q.by_number(filter(_active, SOURCE.entries(path, name)), "id")
         for path, name in zip(others, ("answers", "images"), strict=True)
     ]
 
@@ -47,7 +47,7 @@ def read_rsvqa(data_dir: str | Path) -> q.Reading:
         ids = q.field(entry, "answers_ids")
         answer = answers.get(ids[0]) if isinstance(ids, list) and ids and isinstance(ids[0], int) else None
         if answer is None or answer.get("question_id") != q.whole_number(entry, "id"):
-            raise q.EntryError(f"{_FILE.format('answers')} has no active answer to it")
+            raise q.EntryError(f"{_FILE.format('answers')} has no active answer to it, or several")
         return q.Question(
             id=q.number_or_text(entry, "id"),
             split=entry["type"],
@@ -57,7 +57,7 @@ def read_rsvqa(data_dir: str | Path) -> q.Reading:
         )
 
     wanted = [e for e in SOURCE.entries(where, "questions") if _active(e) and e.get("type") in TYPES]
-    return SOURCE.collect(where, q.numbered(wanted, make))
+    return SOURCE.collect(root, where, q.numbered(wanted, make))
 
 
 def _active(entry: object) -> bool:

@@ -13,6 +13,7 @@ import string
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from flexattn_jax.inputs.datasets.questions import DatasetError, EntryError, Source
 from flexattn_jax.inputs.images import ImageError
@@ -25,7 +26,7 @@ _NO_VALUE = frozenset(
         *("NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
     ]
 )
-_LARGEST_FIELD = 1 << 30
+_LARGEST_FIELD = 1 << 27  # characters; a picture of 8K pixels has 15 million
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +142,7 @@ def _rows(path: Path, quoted: bool, offset: int) -> Iterator[tuple[int, list[str
     with path.open("rb") as file:
         file.seek(offset)
         if not quoted:
-            for line in file:
+            for line in _lines(file):
                 yield offset, line.decode().rstrip("\r\n").split("\t")
                 offset += len(line)
             return
@@ -149,7 +150,7 @@ def _rows(path: Path, quoted: bool, offset: int) -> Iterator[tuple[int, list[str
 
         def lines() -> Iterator[str]:
             nonlocal consumed
-            for line in file:
+            for line in _lines(file):
                 consumed += len(line)
                 yield line.decode("utf-8-sig" if offset + consumed == len(line) else "utf-8")
 
@@ -158,6 +159,14 @@ def _rows(path: Path, quoted: bool, offset: int) -> Iterator[tuple[int, list[str
             start, offset, consumed = offset, offset + consumed, 0
             if fields:
                 yield start, fields
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file, none of which may fill the memory."""
+    while line := file.readline(_LARGEST_FIELD + 1):
+        if len(line) > _LARGEST_FIELD:
+            raise csv.Error("a line is too long")
+        yield line
 
 
 def options(row: Row, letters: str = "ABCD") -> tuple[str, ...]:

@@ -51,7 +51,7 @@ def read_textvqa(data_dir: str | Path, variant: str) -> q.Reading:
             answers=q.human_answers(entry, "answers"),
         )
 
-    return SOURCE.collect(where, q.numbered(entries, make))
+    return SOURCE.collect(root, where, q.numbered(entries, make))
 
 
 def _ocr_prompts(path: Path) -> dict[tuple[str, str], str]:

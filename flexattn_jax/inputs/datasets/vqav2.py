@@ -43,15 +43,15 @@ def read_vqav2(data_dir: str | Path, variant: str) -> q.Reading:
     annotations = {}
     if variant == "val":
         listed = SOURCE.entries(SOURCE.find(root, "v2_mscoco_val2014_annotations.json"), "annotations")
-        listed = [entry for entry in listed if isinstance(entry, dict) and isinstance(entry.get("question_id"), int)]
-        annotations = {entry["question_id"]: entry for entry in listed}
+        annotations = q.by_number(listed, "question_id")
     else:
         all_test_questions(root)  # a missing file is better known now than after the last question
 
     def make(entry: dict) -> q.Question:
         name = q.whole_number(entry, "question_id")
-        if variant == "val" and name not in annotations:
-            raise q.EntryError(f"v2_mscoco_val2014_annotations.json has no answers to question {name}")
+        if variant == "val" and annotations.get(name) is None:
+            count = "several" if name in annotations else "no"
+            raise q.EntryError(f"v2_mscoco_val2014_annotations.json has {count} answers to question {name}")
         given = annotations.get(name, {})
         return q.Question(
             id=str(name),
@@ -61,7 +61,7 @@ def read_vqav2(data_dir: str | Path, variant: str) -> q.Reading:
             answers=_answers(given) if variant == "val" else (),
         )
 
-    return SOURCE.collect(where, q.numbered(SOURCE.entries(where, "questions"), make))
+    return SOURCE.collect(root, where, q.numbered(SOURCE.entries(where, "questions"), make))
 
 
 def all_test_questions(data_dir: str | Path) -> list[int]:

@@ -188,6 +188,11 @@ def encode_example(example: Example) -> dict[str, Any]:
     }
 
 
+def content_name(preset: str, split: str, seed: int, count: int) -> str:
+    """A name for the pictures of `load_vsearch` and their order, which what is kept of them goes by."""
+    return f"{PRESETS[preset].name} {split} {seed} {count}"
+
+
 def decode_example(row: Mapping[str, Any]) -> Example:
     """The example of a row of `load_vsearch`."""
     objects, questions = row["objects"], row["questions"]

@@ -22,6 +22,7 @@ RELATIONS = "relative_position"
 FORMS = (ATTRIBUTES, RELATIONS)  # V* Bench's splits
 NUM_OPTIONS = 4  # of an attribute question; all of them are colours seen in the picture
 SIDES = ("left", "right")
+COLUMNS = ("one", "two", "three", "four", "five", "six", "seven", "eight")  # eighths of a picture, from the left
 
 # test_art shows the test photographs with the objects of an artist that no other split has.
 SPLITS = ("train", "validation", "test", "test_art")
@@ -117,7 +118,7 @@ PRESETS = {
     "crowded": VSearchConfig(
         preset="crowded",
         num_objects=(12, 16),
-        object_sides=(44, 60),
+        object_sides=(56, 72),
         attribute_questions=8,
         relation_questions=4,
         pictures=(8000, 300, 500, 500),
@@ -181,7 +182,14 @@ def ask_side(objects: Sequence[PlacedObject], target: int, other: int, words: Se
 
 def caption(objects: Sequence[PlacedObject]) -> tuple[str, str]:
     """A demand and its answer, which names objects in this order, each with its colour."""
-    return "Name some objects and their colors.", ", ".join(f"{o.name} {o.colour}" for o in objects) + "."
+    return "Name some objects and their colors.", ", ".join(f"{o.name} is {o.colour}" for o in objects) + "."
+
+
+def columns(objects: Sequence[PlacedObject], picture_side: int) -> tuple[str, str]:
+    """A demand and its answer, which names objects in this order, each with the eighth of the picture it is in."""
+    words = [COLUMNS[min(int(_middle(o) * len(COLUMNS) / picture_side), len(COLUMNS) - 1)] for o in objects]
+    named = ", ".join(f"{o.name} {word}" for o, word in zip(objects, words, strict=True))
+    return "Name some objects and their columns.", f"{named}."
 
 
 def generate(config: VSearchConfig, split: str, threads: int | None = None) -> Iterator[Example]:

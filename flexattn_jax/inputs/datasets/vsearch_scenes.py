@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
+from flexattn_jax.files import packaged
+
 CLASSES = (
     *("umbrella", "key", "bicycle", "gift", "guitar", "camera", "telephone", "bell", "saxophone", "anchor"),
     *("rocket", "airplane", "car", "fish", "crown", "hat", "boot", "dress", "trophy", "banana"),
@@ -69,7 +71,7 @@ class Assets:
 
 def packaged_assets() -> Path:
     """The folder of photographs and icons that ships with the package."""
-    return Path(__file__).parents[2] / "assets" / "vsearch"
+    return packaged("vsearch")
 
 
 @functools.lru_cache(maxsize=2)

@@ -10,11 +10,12 @@ errors, and the others are read.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from flexattn_jax.files import FileError, leaves_folder, read_json
 from flexattn_jax.inputs.datasets.questions import (
+    COPY,
     DatasetError,
     EntryError,
     Question,
@@ -81,8 +82,8 @@ def _read_question(root: Path, split: str, stem: str, files: list[Path]) -> Ques
         names = ", ".join(sorted(path.name for path in files))
         raise EntryError(f"{folder} has several files for one question: {names}; keep one picture and one JSON")
     for path in (annotations[0], pictures[0]):
-        if not path.resolve().is_relative_to(root.resolve()):
-            raise EntryError(f"{path} is a link that leaves the data folder; copy the file in")
+        if leaves_folder(path, root):
+            raise EntryError(f"{path} is a link that leaves the data folder; {COPY}")
     fields = _load_json(annotations[0])
     try:
         return Question(
@@ -101,17 +102,11 @@ def _read_question(root: Path, split: str, stem: str, files: list[Path]) -> Ques
 
 def _load_json(path: Path) -> dict[str, Any]:
     try:
-        if not path.is_file():
-            raise EntryError(f"{path} is no file")
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise EntryError(f"{path} is larger than {_MAX_JSON_BYTES} bytes, which no question is")
-        fields = json.loads(path.read_bytes())
-    except OSError as error:
-        raise EntryError(f"{path} cannot be read ({error.strerror})") from error
-    except EntryError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise EntryError(f"{path} is not valid JSON") from error
+        fields = read_json(path, _MAX_JSON_BYTES)
+    except FileNotFoundError as error:
+        raise EntryError(f"{path} is missing") from error
+    except FileError as error:
+        raise EntryError(f"{path} {error}") from error
     if not isinstance(fields, dict):
         raise EntryError(f"{path} must hold an object with question, options, target_object and bbox")
     return fields
