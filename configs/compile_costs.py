@@ -37,7 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "targets": "v5e:2x2",
     },
     "systems": {
-        "systems": "lowres,flex:10%,flex:all,dense,cogagent,xattn,fastv:192,pyramiddrop:72,visionzip:64",
+        "systems": "lowres,flex:10%,flex:all,dense,cogagent,xattn,vistog:64,fastv:192,pyramiddrop:72,visionzip:64",
         "layers": "scanned",
         "passes": 1,
         "targets": "v5e:2x2",
@@ -58,7 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "tiny": {
         "presets": "tiny",
-        "systems": "lowres,flex:2,dense,cogagent,fastv:4",
+        "systems": "lowres,flex:2,dense,cogagent,vistog:4,fastv:4",
         "programs": "prefill,decode,score,train",
         "targets": "cpu",
         "text": 8,

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flexattn_jax.config import ConfigError, VLMConfig, override, preset
+from flexattn_jax.config import ConfigError, VLMConfig, from_dict, override, preset
 from flexattn_jax.costs.rankings import RANKINGS
 from flexattn_jax.costs.targets import parse_target
 
@@ -107,6 +107,7 @@ SYSTEMS: dict[str, System] = {
             c, "crossattention", width=c.decoder.width, num_heads=c.decoder.num_heads, source="connector"
         )
     ),
+    "vistog": System(lambda c, n: _without_highres(c, **{"grouping.groups": n}), "tokens"),
     **{method: _reduced(method) for method in ("fastv", "pyramiddrop", "visionzip", "tome", "random", "downsample")},
 }
 
@@ -200,12 +201,8 @@ class Settings:
 
 
 def read_settings(values: Mapping[str, Any]) -> Settings:
-    """The settings of a config file; ConfigError for one that is unknown or missing."""
-    known = {field.name for field in dataclasses.fields(Settings)}
-    wrong = sorted(known ^ set(values))
-    if wrong:
-        raise ConfigError(f"the config file has other settings than compile_costs.py reads: {', '.join(wrong)}")
-    return Settings(**values)
+    """The settings of a config file; ConfigError for one that is unknown, missing or of another type."""
+    return from_dict(values, Settings)
 
 
 def expand(settings: Settings) -> list[Case]:

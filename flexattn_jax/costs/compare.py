@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from flexattn_jax.config import ConfigError
 from flexattn_jax.costs.measure import OK
 from flexattn_jax.costs.records import Costs, read_costs
 from flexattn_jax.costs.table import COLUMNS, Row, Spread, rows
@@ -42,7 +43,10 @@ def compare_files(before: Path, after: Path) -> tuple[list[str], list[Change]]:
       ConfigError: a file that cannot be read.
     """
     old, new = read_costs(before), read_costs(after)
-    return _environments(old, new), compare(old, new)
+    try:
+        return _environments(old, new), compare(old, new)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise ConfigError(f"{before} or {after} holds values of another kind ({error}); measure again") from error
 
 
 def compare(old: Costs, new: Costs) -> list[Change]:

@@ -6,10 +6,12 @@ All of it is for one device. Nothing here is a measurement.
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 from flexattn_jax.costs import hlo
 from flexattn_jax.costs.targets import Chip
+from flexattn_jax.ops.selection import SCOPE
 
 # Transfers that run beside computation: what they move is in the bytes, not in the cycles.
 _ASYNCHRONOUS = ("copy-start", "slice-start", "call-start", "async-start", *(f"{c}-start" for c in hlo.COLLECTIVES))
@@ -25,6 +27,8 @@ class Estimate:
     hbm_bytes: bytes read from and written to HBM, asynchronous copies included.
     collectives: kind -> {"count", "bytes"}, bytes of the results; their time is not in the cycles.
     data_loops: loops whose turns depend on data; `walk` was told how many turns to assume.
+    selecting: instructions that choose and gather cells (`ops.selection.SCOPE`), whatever their turns.
+    selecting_collectives: those of them that move data between devices.
     """
 
     instructions: int
@@ -33,6 +37,8 @@ class Estimate:
     hbm_bytes: float
     collectives: dict[str, dict[str, float]]
     data_loops: int
+    selecting: int
+    selecting_collectives: int
 
     def to_dict(self) -> dict[str, Any]:
         """As plain types."""
@@ -44,14 +50,20 @@ def estimate(text: str, assumed: hlo.Assumed | None = None) -> Estimate:
     module = hlo.parse(text)
     cycles = unestimated = total = 0.0
     collectives: dict[str, dict[str, float]] = {}
+    selecting = selecting_collectives = 0
     for computation, instruction, times in hlo.walk(module, assumed):
         moved = hlo.hbm_bytes(module, computation, instruction) * times
         own = hlo.estimated_cycles(instruction)
-        kind = instruction.opcode.removesuffix("-start")
+        # TPU's compiler also starts collectives in fusions.
+        collective = hlo.started_collective(module, instruction) or instruction
+        kind = collective.opcode.removesuffix("-start")
+        if _in_scope(instruction, SCOPE):
+            selecting += 1
+            selecting_collectives += kind in hlo.COLLECTIVES
         if kind in hlo.COLLECTIVES:
             entry = collectives.setdefault(kind, {"count": 0.0, "bytes": 0.0})
             entry["count"] += times
-            entry["bytes"] += _result_bytes(instruction) * times
+            entry["bytes"] += _result_bytes(collective) * times
         elif own is not None:
             cycles += own * times
         elif instruction.opcode not in _ASYNCHRONOUS:
@@ -64,6 +76,8 @@ def estimate(text: str, assumed: hlo.Assumed | None = None) -> Estimate:
         hbm_bytes=total,
         collectives=dict(sorted(collectives.items())),
         data_loops=hlo.unknown_loops(module),
+        selecting=selecting,
+        selecting_collectives=selecting_collectives,
     )
 
 
@@ -81,6 +95,12 @@ def estimated_seconds(found: Estimate, chip: Chip | None) -> float | None:
 def roofline_seconds(flops: float, hbm_bytes: float, chip: Chip | None) -> float | None:
     """What one device needs at least: its operations at the peak, or its bytes at HBM's speed."""
     return None if chip is None else max(flops / chip.flops, hbm_bytes / chip.bandwidth)
+
+
+def _in_scope(instruction: hlo.Instruction, scope: str) -> bool:
+    """Whether it came about under `jax.named_scope(scope)`, or is the gradient of what did."""
+    found = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    return found is not None and scope in re.split(r"[/()]", found[1])
 
 
 def _result_bytes(instruction: hlo.Instruction) -> float:

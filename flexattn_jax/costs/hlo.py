@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 BYTES = {"pred": 1, "token": 0, "bf16": 2, "c64": 8, "c128": 16} | {
     f"{kind}{bits}": bits / 8 for kind in "suf" for bits in (2, 4, 8, 16, 32, 64)
@@ -21,6 +21,8 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](\{[^{}]*\})?")
 _CALLED = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
+_ALIASES = re.compile(r"output_to_operand_aliasing=\{((?:\{\d*\}: \(\d+, \{\}\)(?:, )?)*)\}")
+_ALIAS = re.compile(r"\{(\d*)\}: \((\d+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+)")
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all")
 _SLICES = ("dynamic-slice", "slice", "gather")
@@ -275,7 +277,8 @@ def array_bytes(kind: str, space: int | None = None) -> float:
 def hbm_bytes(module: Module, computation: str, instruction: Instruction) -> float:
     """Bytes that one execution reads from and writes to HBM.
 
-    Of an array that is only sliced, the slices count; of one that is updated in place, the update.
+    Of an array that is only sliced, the slices count; of one that is updated in place, the update. Of a collective that
+    goes on beside several fusions (`started_collective`), its buffers count once, where it starts.
     """
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith("-done"):
@@ -288,8 +291,9 @@ def hbm_bytes(module: Module, computation: str, instruction: Instruction) -> flo
         return 2 * array_bytes(operands[1], 0)
     if opcode == "fusion":
         called = _CALLED.search(instruction.attributes)[1]
-        read = sum(_read_bytes(module, called, i, kind) for i, kind in enumerate(operands))
-        return read + _written_bytes(module, called, instruction.type)
+        passed = _passed_on(module, instruction)
+        read = sum(_read_bytes(module, called, i, kind) for i, kind in enumerate(operands) if i not in passed.values())
+        return read + _written_bytes(module, called, instruction.type, tuple(passed))
     if opcode.endswith("-start"):
         return _transfer_bytes(opcode, operands, instruction.type)
     return sum(array_bytes(kind, 0) for kind in operands) + array_bytes(instruction.type, 0)
@@ -330,13 +334,18 @@ def _read_bytes(module: Module, computation: str, number: int, kind: str) -> flo
     return min(total, full)
 
 
-def _written_bytes(module: Module, computation: str, kind: str) -> float:
-    """Bytes that a fused computation with a result of type `kind` writes."""
+def _written_bytes(module: Module, computation: str, kind: str, passed: tuple[int, ...] = ()) -> float:
+    """Bytes that a fused computation with a result of type `kind` writes; not what is in the places `passed`."""
     instructions = module.computations[computation]
     root = next(i for i in instructions.values() if i.is_root)
     results = [instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    if root.opcode != "tuple" and kind.startswith("("):  # a custom call that gives several
+        kinds = [f"{dtype}[{shape}]{layout}" for dtype, shape, layout in ARRAY.findall(kind)]
+        return sum(array_bytes(kind, 0) for place, kind in enumerate(kinds) if place not in passed)
     total = 0.0
-    for result in results:
+    for place, result in enumerate(results):
+        if place in passed:
+            continue
         while result.opcode == "bitcast" and result.operands[0] in instructions:
             result = instructions[result.operands[0]]
         if result.opcode == "dynamic-update-slice":
@@ -344,6 +353,33 @@ def _written_bytes(module: Module, computation: str, kind: str) -> float:
         else:
             total += array_bytes(result.type)
     return min(total, array_bytes(kind, 0))
+
+
+def started_collective(module: Module, instruction: Instruction) -> Instruction | None:
+    """The collective that a fusion starts; None for any other instruction.
+
+    TPU's compiler lets a collective go on beside several computations: a fusion starts it, those that it goes on beside
+    hand its buffers on, and another one ends it. All of them name the collective, in loops, too; it happens once.
+    """
+    inside = _fused(module, instruction)
+    if not any('"AsyncCollectiveStart"' in i.attributes for i in inside):
+        return None
+    return next((i for i in inside if i.opcode in COLLECTIVES), None)
+
+
+def _fused(module: Module, instruction: Instruction) -> Collection[Instruction]:
+    """What a fusion holds; of any other instruction, nothing."""
+    if instruction.opcode != "fusion":
+        return ()
+    return module.computations[_CALLED.search(instruction.attributes)[1]].values()
+
+
+def _passed_on(module: Module, instruction: Instruction) -> dict[int, int]:
+    """Places of results of a fusion, and of the operands that they are, which a collective beside it needs."""
+    found = _ALIASES.search(instruction.attributes)
+    if not found or not any(i.opcode in COLLECTIVES for i in _fused(module, instruction)):
+        return {}
+    return {int(result or 0): int(operand) for result, operand in _ALIAS.findall(found[1])}
 
 
 def estimated_cycles(instruction: Instruction) -> int | None:

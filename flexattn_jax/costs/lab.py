@@ -22,9 +22,10 @@ from flexattn_jax.costs.cases import Case, Settings, expand
 from flexattn_jax.costs.measure import FAILED, LATE, MISSING, OK
 from flexattn_jax.costs.records import COLD, FILE, FILL, WARM, Costs, Record, resume, write_costs
 from flexattn_jax.costs.targets import MissingCompiler, check_installed, environment, parse_target
+from flexattn_jax.files import FileError, private_folder
 
 BUSY = 0.25  # cores in use by others from which a reading is too high to trust
-_CACHE = "cache"
+_CACHE = ".compiled"  # of programs, which are run when they are found again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,10 @@ def run_measurement(order: dict[str, Any], limit: float) -> dict[str, Any]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=os.environ | environment(target) | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        env=os.environ
+        | environment(target)
+        | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        | {"JAX_TRACEBACK_FILTERING": "off"},  # else a note about it comes last, where `_death` looks for the error
         start_new_session=True,
         text=True,
     )
@@ -135,8 +139,10 @@ def _read(job: Job, settings: Settings, folder: Path, busy: float) -> Record:
         place = folder / _CACHE
         if job.kind == FILL:
             shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(mode=0o700, exist_ok=True)
-        cache = str(place)
+        try:
+            cache = str(private_folder(place))
+        except FileError as error:
+            raise ConfigError(f"{place} {error}; remove it") from error
     first = job.kind == COLD and job.number == 0
     order = {
         "case": dataclasses.asdict(job.case),

@@ -24,15 +24,16 @@ def measure(order: dict[str, Any]) -> dict[str, Any]:
     """Traces, lowers and compiles a case.
 
     Args:
-      order: `case` (fields of Case), `cache` (folder of the persistent compilation cache, or None: it is off),
-        `details` (False: seconds only), `steps` (runs to time where the target can run).
+      order: `case` (fields of Case), `fit` (those of programs.Fit: a step to compile in place of the case's program),
+        `cache` (folder of the persistent compilation cache, or None: it is off), `details` (False: seconds only),
+        `steps` (runs to time where the target can run).
 
     Returns:
       `status`, `message` where it is not OK, `seconds`, `host_peak_bytes` and whether the program was `cached`, and
       with details the counts and estimates; see docs/compile_costs.md.
     """
     from flexattn_jax.costs.cases import Case, compiler_options
-    from flexattn_jax.costs.programs import build
+    from flexattn_jax.costs.programs import Fit, build, fit_program
 
     case = Case(**order["case"])
     target = parse_target(case.target)
@@ -43,14 +44,14 @@ def measure(order: dict[str, Any]) -> dict[str, Any]:
         return {"status": MISSING, "message": str(error)}
     except ConfigError as error:
         return {"status": FAILED, "message": str(error)}
-    program = build(case, devices)
+    program = fit_program(Fit(**order["fit"]), devices) if "fit" in order else build(case, devices)
 
     clock = [time.perf_counter()]
     traced = program.trace(case.ranking)
     clock.append(time.perf_counter())
     lowered = traced.lower()
     clock.append(time.perf_counter())
-    reading: dict[str, Any] = {"status": OK}
+    reading: dict[str, Any] = {"status": OK} | program.notes
     compiled = None
     try:
         compiled = lowered.compile(compiler_options=compiler_options(case) or None)

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexattn_jax.config import VLMConfig
-from flexattn_jax.costs import placement
+from flexattn_jax.checkpoints.trees import param_shapes
+from flexattn_jax.config import VLMConfig, from_dict
 from flexattn_jax.costs.cases import Case, model_config
 from flexattn_jax.costs.rankings import ranked_by
-from flexattn_jax.highres.cells import CELLS_AT_ONCE
+from flexattn_jax.highres.cells import PROJECTED_AT_ONCE, READ_AT_ONCE
+from flexattn_jax.inference.reading import Prompts
 from flexattn_jax.inference.scoring import score
 from flexattn_jax.inputs.batching import Batch, OptionBatch
-from flexattn_jax.models.flops import connector_flops, decoder_flops, step_flops, tower_flops
+from flexattn_jax.models.flops import connector_flops, decoder_flops, grouping_flops, step_flops, tower_flops
 from flexattn_jax.models.vlm import VLM, Memory
 from flexattn_jax.ops.attention import attend
 from flexattn_jax.ops.cache import new_cache
 from flexattn_jax.ops.selection import cell_tokens
+from flexattn_jax.partitioning import Partition, PartitionConfig, make_partition, with_shardings
 from flexattn_jax.training.data import TrainBatch
 from flexattn_jax.training.optimizer import OptimizerConfig, build_optimizer
-from flexattn_jax.training.start import param_shapes
 from flexattn_jax.training.state import create_state
 from flexattn_jax.training.step import alpha_ramp, make_train_step, vlm_loss
 
@@ -45,6 +47,7 @@ class Program:
     assumed: turns of loops that depend on data, see hlo.walk.
     assumption: the same for people; "" where there are no such loops.
     tokens_a_cell: P, for the rankings.
+    notes: further entries of the reading.
     """
 
     run: Callable
@@ -53,6 +56,7 @@ class Program:
     assumed: Callable[[bool], float] | None = None
     assumption: str = ""
     tokens_a_cell: int = 1
+    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def trace(self, ranking: str = "cells") -> jax.stages.Traced:
         """The traced program, ranked in the given way."""
@@ -68,22 +72,25 @@ def build(case: Case, devices: list[Any]) -> Program:
 
 
 def _prefill(case: Case, config: VLMConfig, devices: list[Any]) -> Program:
-    mesh = placement.infer_mesh(devices, config.decoder.num_kv_heads)
+    partition = infer_partition(devices, config.decoder.num_kv_heads)
     prefill, batch, length = _prefill_function(case, config)
     # Not by the shapes of a prefill, as `_decode` has them: tracing is part of what is measured.
-    cache = placement.place_cache(jax.eval_shape(lambda: new_cache(config, case.batch, length + ROOM, True)), mesh)
+    cache = _place_cache(jax.eval_shape(lambda: new_cache(config, case.batch, length + ROOM, True)), partition)
     cells, reading = _cells_of_a_row(config), _reading_layers(config)
     flops = case.batch * (
         tower_flops(config)
+        + grouping_flops(config)[0]
         + connector_flops(config)
-        + decoder_flops(config, length, cells * reading, cells * reading)
+        + decoder_flops(config, length, cells * reading, cells * reading, one_row=True)
         + _head_flops(config)
     )
     return _with_cells(
         config,
         Program(
-            jax.jit(prefill, out_shardings=(None, Memory(_shardings(cache), lengths=None, picture=None))),
-            (_weights(config, mesh), placement.place_batch(batch, mesh, case.batch)),
+            jax.jit(
+                partition.traced(prefill), out_shardings=(None, Memory(_shardings(cache), lengths=None, picture=None))
+            ),
+            (_weights(config, partition), _place_batch(batch, partition, case.batch)),
             flops,
         ),
         projecting=cells,
@@ -92,8 +99,8 @@ def _prefill(case: Case, config: VLMConfig, devices: list[Any]) -> Program:
 
 
 def _decode(case: Case, config: VLMConfig, devices: list[Any]) -> Program:
-    model, mesh = VLM(config), placement.infer_mesh(devices, config.decoder.num_kv_heads)
-    memory = _memory(case, config, mesh)
+    model, partition = VLM(config), infer_partition(devices, config.decoder.num_kv_heads)
+    memory = _memory(case, config, partition)
 
     def decode(params, memory, tokens):
         return model.apply({"params": params}, memory, tokens, method=VLM.decode)[:2]
@@ -103,14 +110,14 @@ def _decode(case: Case, config: VLMConfig, devices: list[Any]) -> Program:
     if config.crossattention is None and len({segment.num_slots for segment in config.segments}) == 1:
         positions = config.num_slots + case.text + ROOM
         keys = 4 * (positions - 1) * decoder.num_heads * decoder.head_dim  # beside the one that decoder_flops counts
-        layers = decoder_flops(config, 1, 0, cells * _reading_layers(config)) + decoder.num_layers * keys
+        layers = decoder_flops(config, 1, 0, cells * _reading_layers(config), one_row=True) + decoder.num_layers * keys
         flops = case.batch * (layers + _head_flops(config))
-    tokens = placement.place_batch(jax.ShapeDtypeStruct((case.batch,), np.int32), mesh, case.batch)
+    tokens = _place_batch(jax.ShapeDtypeStruct((case.batch,), np.int32), partition, case.batch)
     return _with_cells(
         config,
         Program(
-            jax.jit(decode, donate_argnums=1, out_shardings=(None, _shardings(memory))),
-            (_weights(config, mesh), memory, tokens),
+            jax.jit(partition.traced(decode), donate_argnums=1, out_shardings=(None, _shardings(memory))),
+            (_weights(config, partition), memory, tokens),
             flops,
         ),
         projecting=0,
@@ -119,7 +126,7 @@ def _decode(case: Case, config: VLMConfig, devices: list[Any]) -> Program:
 
 
 def _score(case: Case, config: VLMConfig, devices: list[Any]) -> Program:
-    model, mesh = VLM(config), placement.infer_mesh(devices, config.decoder.num_kv_heads)
+    model, partition = VLM(config), infer_partition(devices, config.decoder.num_kv_heads)
     length = config.num_slots + case.text
     options = OptionBatch(
         jax.ShapeDtypeStruct((case.batch, OPTIONS, OPTION_LENGTH), np.int32),
@@ -127,16 +134,16 @@ def _score(case: Case, config: VLMConfig, devices: list[Any]) -> Program:
     )
 
     def score_options(params, batch, options):
-        return score(model, params, batch, options)
+        return score(model, params, Prompts(batch), options)
 
     # Every row of every option selects for itself; together they may want every cell.
     cells = _cells_of_a_row(config)
     cells = min(cells * OPTIONS * OPTION_LENGTH, config.flexattention.num_cells) if cells else 0
     program = Program(
-        jax.jit(score_options),
+        jax.jit(partition.traced(score_options)),
         (
-            _weights(config, mesh),
-            *placement.place_batch((_batch(config, case.batch, length), options), mesh, case.batch),
+            _weights(config, partition),
+            *_place_batch((_batch(config, case.batch, length), options), partition, case.batch),
         ),
         None,
     )
@@ -144,30 +151,103 @@ def _score(case: Case, config: VLMConfig, devices: list[Any]) -> Program:
 
 
 def _train(case: Case, config: VLMConfig, devices: list[Any]) -> Program:
-    mesh, settings = placement.train_mesh(devices), OptimizerConfig()
-    length, samples = config.num_slots + case.text, case.batch * len(devices)
+    samples, length = case.batch * len(devices), config.num_slots + case.text
+    partition = make_partition(PartitionConfig(), devices)
+    return train_program(
+        config, OptimizerConfig(trainable=_trained(config)), partition, samples, length, min(READERS, length)
+    )
+
+
+def train_program(
+    config: VLMConfig,
+    settings: OptimizerConfig,
+    partition: Partition,
+    samples: int,
+    length: int,
+    readers: int,
+    accumulation: int = 1,
+) -> Program:
+    """A step of training, see `make_train_step`.
+
+    Args:
+      samples: B, of all devices; length: T; readers: R.
+    """
     optimizer = build_optimizer(settings, total_steps=1000)
     state = jax.eval_shape(lambda params: create_state(params, settings, optimizer, 0), param_shapes(config))
-    readers = min(READERS, length)
+    shardings = partition.state_shardings(state)
     batch = TrainBatch(
         _batch(config, samples, length),
         jax.ShapeDtypeStruct((samples, length), np.int32),
         jax.ShapeDtypeStruct((samples, readers), np.int32),
     )
     warmup = config.flexattention.warmup if config.flexattention else 0.0
-    loss_of_model = vlm_loss(VLM(config))
-
-    def loss(params, batch, alpha, key):
-        with placement.split_batch(mesh):
-            return loss_of_model(params, batch, alpha, key)
-
-    step = make_train_step(loss, optimizer, alpha_ramp(warmup, 1000))
+    step = make_train_step(
+        vlm_loss(VLM(config)),
+        optimizer,
+        alpha_ramp(warmup, 1000),
+        accumulation,
+        settings.ema_decay,
+        partition,
+        shardings,
+    )
+    trains_decoder = any(name.strip().startswith("decoder") for name in settings.trainable.split(","))
+    arguments = with_shardings(state, shardings), _place_batch(batch, partition, samples)
     return Program(
         step,
-        (placement.place_state(state, mesh), placement.place_batch(batch, mesh, samples)),
-        step_flops(config, samples, length, readers),
+        arguments,
+        step_flops(config, samples, length, readers, trains_decoder),
         tokens_a_cell=_tokens_a_cell(config),
+        notes=dict(zip(("state", "batch"), map(device_bytes, arguments), strict=True)),
     )
+
+
+def _trained(config: VLMConfig) -> str:
+    """What LLaVA's recipe trains, and what the system has of its own outside of the decoder."""
+    own = {"highres": config.crossattention, "grouping": config.grouping}
+    return ",".join(["connector", "decoder", *(name for name, present in own.items() if present is not None)])
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of a tree of abstract arrays with shardings on one device."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A step of training as plain types.
+
+    config, optimizer, partition: fields of VLMConfig, OptimizerConfig and PartitionConfig.
+    samples: B, of all devices; text: T without the picture's slots; readers: R.
+    """
+
+    config: dict[str, Any]
+    optimizer: dict[str, Any]
+    partition: dict[str, Any]
+    samples: int
+    accumulation: int
+    text: int
+    readers: int
+
+
+def fit_program(fit: Fit, devices: list[Any]) -> Program:
+    """The program of a Fit; its notes also tell `granule`, of which a batch must be a multiple. Raises ConfigError."""
+    config = from_dict(fit.config)
+    split = from_dict(fit.partition, PartitionConfig, "partition.")
+    partition = make_partition(split, devices, fit.samples // fit.accumulation)
+    settings = from_dict(fit.optimizer, OptimizerConfig, "optimizer.")
+    length = config.num_slots + fit.text
+    program = train_program(
+        config, settings, partition, fit.samples, length, min(fit.readers, length), fit.accumulation
+    )
+    notes = {**program.notes, "granule": partition.batch_shards * fit.accumulation}
+    return dataclasses.replace(program, notes=notes)
+
+
+def infer_partition(devices: list[Any], kv_heads: int) -> Partition:
+    """For inference: as many devices along tensor as divide the key/value heads, the rest along data."""
+    count = len(devices)
+    tensor = max(n for n in range(1, count + 1) if count % n == 0 and kv_heads % n == 0)
+    return make_partition(PartitionConfig("data", tensor=tensor), devices)
 
 
 def _matmul(devices: list[Any]) -> Program:
@@ -193,8 +273,8 @@ def _attention(devices: list[Any]) -> Program:
 
 
 def _check(function: Callable, arguments: tuple, flops: float, devices: list[Any]) -> Program:
-    mesh = placement.train_mesh(devices[:1])
-    return Program(jax.jit(function), jax.tree.map(lambda leaf: placement.replicate(leaf, mesh), arguments), flops)
+    whole = make_partition(PartitionConfig(), devices[:1]).replicated
+    return Program(jax.jit(function), with_shardings(arguments, jax.tree.map(lambda _: whole, arguments)), flops)
 
 
 _CHECKS: dict[str, Callable[[list[Any]], Program]] = {"matmul": _matmul, "attention": _attention}
@@ -217,9 +297,9 @@ def _batch(config: VLMConfig, samples: int, length: int) -> Batch:
     )
 
 
-def _weights(config: VLMConfig, mesh: jax.sharding.Mesh) -> Any:
+def _weights(config: VLMConfig, partition: Partition) -> Any:
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.dtype)), param_shapes(config))
-    return placement.place_weights(shapes, mesh)
+    return with_shardings(shapes, partition.state_shardings(shapes))
 
 
 def _prefill_function(case: Case, config: VLMConfig) -> tuple[Callable, Batch, int]:
@@ -232,12 +312,24 @@ def _prefill_function(case: Case, config: VLMConfig) -> tuple[Callable, Batch, i
     return prefill, _batch(config, case.batch, length), length
 
 
-def _memory(case: Case, config: VLMConfig, mesh: jax.sharding.Mesh) -> Memory:
+def _memory(case: Case, config: VLMConfig, partition: Partition) -> Memory:
     """What a prefill leaves, as abstract arrays."""
     prefill, batch, _ = _prefill_function(case, config)
-    _, memory = jax.eval_shape(prefill, _weights(config, mesh), batch)
-    placed = placement.place_batch(memory.replace(cache=None), mesh, case.batch)
-    return placed.replace(cache=placement.place_cache(memory.cache, mesh))
+    _, memory = jax.eval_shape(prefill, _weights(config, partition), batch)
+    placed = _place_batch(memory.replace(cache=None), partition, case.batch)
+    return placed.replace(cache=_place_cache(memory.cache, partition))
+
+
+def _place_cache(tree: Any, partition: Partition) -> Any:
+    """Shapes of a cache with shardings: the heads, which lie side by side in the last axis, split as the rules say."""
+    shardings = jax.tree.map(
+        lambda leaf: partition.replicated if leaf.dtype == bool else partition.sharding(leaf.shape, ("heads",)), tree
+    )
+    return with_shardings(tree, shardings)
+
+
+def _place_batch(tree: Any, partition: Partition, samples: int) -> Any:
+    return with_shardings(tree, partition.batch_shardings(tree, samples))
 
 
 def _shardings(tree: Any) -> Any:
@@ -246,10 +338,7 @@ def _shardings(tree: Any) -> Any:
 
 def _cells_of_a_row(config: VLMConfig) -> int:
     """K of a model that reads cells, else 0."""
-    if not config.reads_highres:
-        return 0
-    flex = config.flexattention
-    return flex.num_cells if flex.selector == "all" else flex.row_capacity
+    return config.flexattention.row_capacity if config.reads_highres else 0
 
 
 def _reading_layers(config: VLMConfig) -> int:
@@ -273,7 +362,9 @@ def _with_cells(config: VLMConfig, program: Program, projecting: int, reading: i
         return program
     # Where layers are scanned, the first one's loops are in the text, too, and turn no time.
     share = _reading_layers(config) / config.num_flex_layers if config.scan_layers else 1.0
-    project, read = (share * -(-cells // CELLS_AT_ONCE) for cells in (projecting, reading))
+    project, read = share * -(-projecting // PROJECTED_AT_ONCE), share * -(-reading // READ_AT_ONCE)
+    if reading * 2 > config.flexattention.num_cells:  # where they lie, in the other branch, which is counted, too
+        read = 0
     return dataclasses.replace(
         program,
         assumed=lambda exponentials: read if exponentials else project,

@@ -11,8 +11,10 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from flexattn_jax.config import ConfigError
+from flexattn_jax.config import ConfigError, from_dict
 from flexattn_jax.costs.cases import Case
+from flexattn_jax.costs.measure import OK, STATUSES
+from flexattn_jax.files import DATA_BYTES, FileError, read_json, write_whole
 
 SCHEMA = 1
 FILE = "costs.json"
@@ -21,11 +23,12 @@ COLD, FILL, WARM = "cold", "fill", "warm"  # no cache; a cache that is empty; th
 _PACKAGE = Path(__file__).parents[1]
 # What decides the programs: a change there makes readings from before it incomparable.
 _SOURCES = (
-    *("config.py", "models", "ops", "highres", "inference"),
+    *("config.py", "partitioning.py", "models", "ops", "highres", "inference"),
     *(f"training/{name}.py" for name in ("loss", "optimizer", "state", "step")),
-    *(f"costs/{name}.py" for name in ("cases", "estimate", "hlo", "measure", "placement", "programs")),
+    *(f"costs/{name}.py" for name in ("cases", "estimate", "hlo", "measure", "programs")),
     *(f"costs/{name}.py" for name in ("rankings", "stablehlo", "targets")),
 )
+_SECONDS = {"trace", "lower", "compile"}
 _DISTRIBUTIONS = ("jax", "jaxlib", "flax", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
 
 
@@ -77,7 +80,7 @@ def describe_environment() -> dict[str, Any]:
     return {
         "versions": versions,
         "python": platform.python_version(),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "flags": {name: os.environ[name] for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") if os.environ.get(name)},
@@ -92,19 +95,29 @@ def read_costs(path: Path) -> Costs:
       ConfigError: it cannot be read, or another version of this program wrote it.
     """
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path, DATA_BYTES)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist; name a file that compile_costs.py has written") from error
+    except FileError as error:
+        raise ConfigError(f"{path} {error}; name a file that compile_costs.py has written") from error
+    try:
         if values["schema"] != SCHEMA:
             raise ConfigError(f"{path} has schema {values['schema']}, this version reads {SCHEMA}; measure again")
-        records = tuple(Record(**{**r, "case": Case(**r["case"])}) for r in values["records"])
-        return Costs(values["environment"], records)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, ConfigError):
-            raise
+        records = tuple(_record(values) for values in values["records"])
+        return Costs(dict(values["environment"]), records)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{path} is no file of compile_costs.py's; name one, or delete it and measure again"
+            f"{path} is no file of compile_costs.py's ({error}); name one, or delete it and measure again"
         ) from error
+
+
+def _record(values: dict[str, Any]) -> Record:
+    case, reading = from_dict(values["case"], Case, "case."), values["reading"]
+    if reading["status"] not in STATUSES or (reading["status"] == OK and set(reading["seconds"]) != _SECONDS):
+        raise ConfigError("a reading without its seconds")
+    return Record(
+        case, str(values["kind"]), int(values["number"]), float(values["limit"]), float(values["busy"]), reading
+    )
 
 
 def write_costs(path: Path, costs: Costs) -> None:
@@ -114,9 +127,7 @@ def write_costs(path: Path, costs: Costs) -> None:
         "environment": costs.environment,
         "records": [dataclasses.asdict(record) for record in costs.records],
     }
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(values, indent=1) + "\n")
 
 
 def resume(path: Path) -> Costs:
@@ -138,7 +149,8 @@ def resume(path: Path) -> Costs:
     return costs
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """Of this machine, as far as the system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -10,13 +10,16 @@ from typing import Any
 
 from rich.console import Console
 
+from flexattn_jax.command_line import exit_code
 from flexattn_jax.config import ConfigError
 from flexattn_jax.costs.cases import read_settings
 from flexattn_jax.costs.charts import draw_charts
 from flexattn_jax.costs.compare import change_table, compare_files, only_in_one
 from flexattn_jax.costs.lab import measure_table
+from flexattn_jax.costs.ratios import ratio_markdown, ratio_table
 from flexattn_jax.costs.records import FILE
 from flexattn_jax.costs.table import Row, csv_text, markdown, rich_table, rows
+from flexattn_jax.files import write_whole
 
 USER_ERRORS = (ConfigError,)
 WIDTH = 160  # of tables where the terminal does not tell
@@ -36,14 +39,16 @@ def run_costs(values: Mapping[str, Any], workdir: str | Path) -> list[Row]:
     cases, costs = measure_table(read_settings(values), folder, lambda line: console.print(line, highlight=False))
     found = rows(cases, costs)
     written = [folder / FILE]
-    for name, text in (("costs.md", markdown(found)), ("costs.csv", csv_text(found))):
-        (folder / name).write_text(text)
+    for name, text in (("costs.md", markdown(found) + "\n" + ratio_markdown(found)), ("costs.csv", csv_text(found))):
+        write_whole(folder / name, text)
         written.append(folder / name)
     if importlib.util.find_spec("matplotlib") is None:
         console.print('charts are not drawn: they need matplotlib, pip install "flexattn_jax[lab]"')
     else:
         written += draw_charts(found, folder)
     console.print(rich_table(found))
+    if (compared := ratio_table(found)) is not None:
+        console.print(compared)
     console.print("written: " + ", ".join(map(str, written)), highlight=False)
     return found
 
@@ -56,24 +61,26 @@ def run_diff(arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    before, after = map(Path, arguments)
-    try:
-        environment, changes = compare_files(before, after)
-        gone, new = only_in_one(before, after)
-    except ConfigError as error:
-        print(f"compile_costs.py: {error}", file=sys.stderr)
-        return 2
+    dearer: list[bool] = []
+    code = exit_code("compile_costs.py", lambda: dearer.append(_diff(*map(Path, arguments))), USER_ERRORS)
+    return code or int(dearer[0])
+
+
+def _diff(before: Path, after: Path) -> bool:
+    """Prints what changed; whether anything got dearer."""
+    environment, changes = compare_files(before, after)
+    gone, new = only_in_one(before, after)
     console = _console()
     for line in environment:
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, markup=False)
     if changes:
         console.print(change_table(changes))
     else:
         console.print("nothing changed beyond its spread")
     for what, names in (("only before", gone), ("only after", new)):
         if names:
-            console.print(f"{what}: " + "; ".join(names), highlight=False)
-    return int(any(change.is_dearer for change in changes))
+            console.print(f"{what}: " + "; ".join(names), highlight=False, markup=False)
+    return any(change.is_dearer for change in changes)
 
 
 def _console() -> Console:

@@ -170,6 +170,9 @@ COLUMNS: dict[str, Column] = {
     "tflop": Column("TFLOP x turns", COUNTED, lambda row: row.value("stablehlo", "flops"), _tera),
     "flops_ratio": Column("x turns / shapes", COUNTED, _flops_ratio, lambda value: f"{value:.3f}"),
     "xla_tflop": Column("TFLOP, XLA's, bodies once", COUNTED, lambda row: row.value("xla_flops_body_once"), _tera),
+    "xla_bytes": Column(
+        "bytes accessed, XLA's, bodies once", COUNTED, lambda row: row.value("xla_bytes_body_once"), size, "a device"
+    ),
     "hbm": Column("HBM bytes x turns", COUNTED, lambda row: row.value("hlo", "hbm_bytes"), size, "a device"),
     "collectives": Column("collectives", COUNTED, _collectives, unit="a device"),
     "roofline_ms": Column("roofline ms", COUNTED, lambda row: row.value("roofline_seconds"), _milliseconds),
@@ -207,14 +210,14 @@ def rich_table(found: Sequence[Row]) -> Table:
     """The most asked-for columns, for a terminal."""
     table = Table(title=shared_label(found) or None, caption="\n".join(notes(found)), caption_justify="left")
     table.add_column("case")
-    names = [name for name in TERMINAL if any(_cell(row, name) for row in found)]
+    names = [name for name in TERMINAL if any(_cell(row, name) for row in found)] or ["compile_s"]
     if any(_cell(row, "step_s") for row in found):
         names.append("step_s")
     for name in names:
         table.add_column(_heading(name), justify="right")
     for label, row in zip(labels(found), found, strict=True):
         cells = [_cell(row, name) for name in names]
-        if row.status != OK and names:
+        if row.status != OK:
             cells[0] = f"{row.status}: {row.message}" if row.message else row.status
         table.add_row(label, *cells)
     return table

@@ -26,16 +26,20 @@ class Chip:
 
     flops: bfloat16 operations a second; bandwidth: bytes of HBM a second; memory: bytes of HBM.
     clock: Hz of the cycles that the compiler estimates in; None: it estimates none.
+    network: bytes a second that the interconnect takes from a chip in one direction; None: not entered here.
 
     TPU: https://cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x (half a chip is one device of tpu7x). The clocks are
     peak / (2 x multipliers of the matrix units): v4 and v5p have 8 units of 128 x 128 a chip, v5e has 4, v6e has 4 of
-    256 x 256. GPU: NVIDIA's data sheets of A100 and H100 SXM, 80 GB.
+    256 x 256. The interconnect: half of the bidirectional bandwidth a chip that those pages give (400, 1200, 800 and
+    1200 GB/s for v5e, v5p, v6e and tpu7x); v4: six links of 50 GB/s (arXiv 2304.01433). GPU: NVIDIA's data sheets of
+    A100 and H100 SXM, 80 GB.
     """
 
     flops: float
     bandwidth: float
     memory: float
     clock: float | None = None
+    network: float | None = None
 
 
 def _clock(peak: float, units: int, side: int) -> float:
@@ -43,11 +47,11 @@ def _clock(peak: float, units: int, side: int) -> float:
 
 
 TPUS = {
-    "v4": Chip(PEAKS["TPU v4"], 1228e9, 32 * 2**30, _clock(PEAKS["TPU v4"], 8, 128)),
-    "v5e": Chip(PEAKS["TPU v5e"], 819e9, 16 * 2**30, _clock(PEAKS["TPU v5e"], 4, 128)),
-    "v5p": Chip(PEAKS["TPU v5"], 2765e9, 95 * 2**30, _clock(PEAKS["TPU v5"], 8, 128)),
-    "v6e": Chip(PEAKS["TPU v6e"], 1640e9, 32 * 2**30, _clock(PEAKS["TPU v6e"], 4, 256)),
-    "tpu7x": Chip(2307e12 / 2, 7380e9 / 2, 96 * 2**30),
+    "v4": Chip(PEAKS["TPU v4"], 1228e9, 32 * 2**30, _clock(PEAKS["TPU v4"], 8, 128), 300e9),
+    "v5e": Chip(PEAKS["TPU v5e"], 819e9, 16 * 2**30, _clock(PEAKS["TPU v5e"], 4, 128), 400e9 / 2),
+    "v5p": Chip(PEAKS["TPU v5"], 2765e9, 95 * 2**30, _clock(PEAKS["TPU v5"], 8, 128), 1200e9 / 2),
+    "v6e": Chip(PEAKS["TPU v6e"], 1640e9, 32 * 2**30, _clock(PEAKS["TPU v6e"], 4, 256), 800e9 / 2),
+    "tpu7x": Chip(2307e12 / 2, 7380e9 / 2, 96 * 2**30, network=1200e9 / 4),
 }
 GPUS = {
     "a100": Chip(PEAKS["NVIDIA A100"], 2039e9, 80 * 2**30),
@@ -101,6 +105,11 @@ class Target:
     def chip(self) -> Chip | None:
         """What is known of the chip; None for what is attached."""
         return TPUS.get(self.kind) or GPUS.get(self.kind)
+
+    @property
+    def devices(self) -> int:
+        """How many JAX devices it is."""
+        return math.prod(self.shape) * (2 if self.kind == "tpu7x" else 1)
 
     @property
     def runs_here(self) -> bool:

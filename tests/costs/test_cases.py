@@ -60,6 +60,9 @@ def test_systems_are_overrides_of_a_preset():
     assert (wide.width, wide.source, wide.tiles) == (4096, "connector", 3)
     fewer = model_config(Case("visionzip:64", "prefill", "cpu"))
     assert (fewer.reduction.method, fewer.num_slots, fewer.image_size) == ("visionzip", 64, 336)
+    grouped = model_config(Case("vistog:64", "prefill", "cpu"))
+    assert (grouped.grouping.groups, grouped.num_slots, grouped.image_size) == (64, 64, 336)
+    assert grouped.flexattention is None and grouped.trains_in_tower
     mask = model_config(Case("flex:8", "prefill", "cpu", ranking="mask")).flexattention
     assert (mask.selection, mask.capacity) == ("threshold", None)
 

@@ -139,6 +139,21 @@ def test_an_estimate_adds_cycles_bytes_and_collectives(module):
     assert found.unestimated_bytes < found.hbm_bytes - 7 * 2 * picture  # neither cycles nor collectives
 
 
+@pytest.mark.parametrize(
+    ("scope", "found"),
+    [
+        ("jit(f)/while/body/selection/gather", (1, 1)),
+        ("jit(f)/transpose(jvp(selection))/add", (1, 1)),
+        ("jit(f)/selections/add", (0, 0)),
+    ],
+)
+def test_what_selects_is_known_by_its_scope(scope, found):
+    old = "channel_id=1, to_apply=%wrapped"
+    assert PROGRAM.count(old) == 1
+    counted = estimate(PROGRAM.replace(old, f'{old}, metadata={{op_name="{scope}" stack_frame_id=1}}'))
+    assert (counted.selecting, counted.selecting_collectives) == found
+
+
 def test_seconds_are_of_computing_or_of_moving_whichever_takes_longer():
     found = estimate(PROGRAM, lambda exponentials: 4)
     slow_clock = Chip(flops=1e12, bandwidth=1e12, memory=1e9, clock=1e3)
@@ -184,6 +199,40 @@ def test_bytes_of_transfers_beside_computation(line, moved):
     text = f"ENTRY %main (x: bf16[64,8]) -> bf16[64,8] {{\n  %x = bf16[64,8]{{1,0}} parameter(0)\n  %t = {line}\n}}\n"
     module = hlo.parse(text)
     assert hlo.hbm_bytes(module, "main", module.computations["main"]["t"]) == moved
+
+
+BESIDE = """
+%start (p: bf16[4,8]) -> (bf16[4,8], bf16[64,8], u32[]) {
+  %p = bf16[4,8]{1,0} parameter(0)
+  %gather = bf16[64,8]{1,0} all-gather(%p), dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %begin = (bf16[4,8]{1,0}, bf16[64,8]{1,0}, u32[]{:S(2)}) custom-call(%gather), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (p.1: bf16[4,8], p.2: bf16[64,8], p.3: f32[3]) -> (f32[3], bf16[4,8], bf16[64,8]) {
+  %p.1 = bf16[4,8]{1,0} parameter(0)
+  %p.2 = bf16[64,8]{1,0} parameter(1)
+  %gather.1 = bf16[64,8]{1,0} all-gather(%p.1), dimensions={0}, frontend_attributes={chain_id="0"}
+  %p.3 = f32[3]{0} parameter(2)
+  %twice = f32[3]{0} add(%p.3, %p.3)
+  ROOT %all = (f32[3]{0}, bf16[4,8]{1,0}, bf16[64,8]{1,0}) tuple(%twice, %p.1, %gather.1)
+}
+
+ENTRY %main (x: bf16[4,8], y: f32[3]) -> f32[3] {
+  %x = bf16[4,8]{1,0} parameter(0)
+  %y = f32[3]{0} parameter(1)
+  %s = (bf16[4,8]{1,0}, bf16[64,8]{1,0}, u32[]{:S(2)}) fusion(%x), kind=kCustom, output_to_operand_aliasing={{0}: (0, {})}, calls=%start
+  %a = bf16[4,8]{1,0} get-tuple-element(%s), index=0
+  %b = bf16[64,8]{1,0} get-tuple-element(%s), index=1
+  %f = (f32[3]{0}, bf16[4,8]{1,0}, bf16[64,8]{1,0}) fusion(%a, %b, %y), kind=kLoop, output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {})}, calls=%beside
+  ROOT %g = f32[3]{0} get-tuple-element(%f), index=0
+}
+"""  # noqa: E501
+
+
+def test_a_collective_beside_computations_happens_once():
+    found = estimate(BESIDE)
+    assert found.collectives == {"all-gather": {"count": 1, "bytes": 64 * 8 * 2}}
+    assert found.hbm_bytes == 64 * 8 * 2 + 2 * 3 * 4  # what is gathered, and what the other fusion reads and writes
 
 
 def test_a_text_without_an_entry_is_refused():

@@ -88,7 +88,7 @@ def test_a_warm_cache_is_filled_by_one_process_and_read_by_another(quiet, tmp_pa
     _, costs, _ = measure(tmp_path, systems="lowres", warm_cache=True, passes=1)
     assert [record.kind for record in costs.records] == [COLD, FILL, WARM]
     caches = [order["cache"] for order in orders]
-    assert caches[0] is None and caches[1] == caches[2] == str(tmp_path / "runs" / "cache")
+    assert caches[0] is None and caches[1] == caches[2] == str(tmp_path / "runs" / ".compiled")
     assert not os.path.exists(caches[1])  # gone when the table is done
 
 
@@ -110,7 +110,7 @@ def test_readings_of_other_code_are_not_mixed(quiet, tmp_path, monkeypatch):
 def test_a_file_that_is_not_ours_is_refused(quiet, tmp_path, content):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "costs.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"costs\.json (is no file|has schema 99)"):
+    with pytest.raises(ConfigError, match=r"costs\.json (is not valid JSON|is no file|has schema 99)"):
         measure(tmp_path, systems="lowres")
 
 

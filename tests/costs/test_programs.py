@@ -87,8 +87,9 @@ def test_scanned_and_unrolled_layers_count_the_same_flops(program):
 def test_with_high_resolution_too_though_a_scanned_first_layer_holds_loops_that_never_turn():
     scanned, unrolled = (counted(small("flex:2", "prefill", layers=layers))[0] for layers in ("scanned", "unrolled"))
     config = model_config(small("flex:2", "prefill"))
-    # A scan computes the last layer's map, too, which nobody reads.
-    unread = 2 * (config.num_lowres_tokens + 8) * config.decoder.num_heads * config.decoder.head_dim
+    # A scan computes the last layer's map, too, which nobody reads, and projects what the first one weighed: nothing.
+    inner = config.decoder.num_heads * config.decoder.head_dim
+    unread = 2 * (config.num_lowres_tokens + 8) * inner + 2 * inner * config.decoder.width
     assert scanned.flops == pytest.approx(unrolled.flops + unread, rel=1e-12)
     assert (scanned.data_loops, unrolled.data_loops) == (2, 2 * 2)  # layer 1 of 4 only selects
 
@@ -99,12 +100,10 @@ def test_without_high_resolution_flops_are_exactly_those_counted_from_shapes(pro
     assert found.flops == analytic
 
 
-def test_training_keeps_its_samples_split_over_the_devices():
-    assert counted(small("lowres", "train"))[0].constraints > 20
-    assert counted(small("lowres", "prefill"))[0].constraints == 0  # the split of heads is the parameters'
-
-
-SLOW = [pytest.param(system, marks=pytest.mark.slow) for system in ("xattn", "pyramiddrop:2", "tome:4", "random:4")]
+SLOW = [
+    pytest.param(system, marks=pytest.mark.slow)
+    for system in ("xattn", "vistog:4", "pyramiddrop:2", "tome:4", "random:4")
+]
 
 
 @pytest.mark.parametrize("system", ["dense", "cogagent", "fastv:4", "visionzip:4", *SLOW])
@@ -112,15 +111,9 @@ def test_every_way_to_read_a_picture_has_its_programs(system):
     assert counted(small(system, "decode"))[0].operations > counted(small("lowres", "decode"))[0].operations / 2
 
 
-COUNTED = [(s, p) for s in ("dense", "cogagent", "xattn", "fastv:192", "visionzip:64") for p in ("prefill", "train")]
-COUNTED.remove(("xattn", "train"))
-OPEN = pytest.mark.xfail(
-    strict=True, reason="a step of LLaVA-XAttn computes 8 % more than is counted; not yet explained"
-)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("system", "program"), [*COUNTED, pytest.param("xattn", "train", marks=OPEN)])
+@pytest.mark.parametrize("program", ["prefill", "train"])
+@pytest.mark.parametrize("system", ["dense", "cogagent", "xattn", "vistog:64", "fastv:192", "visionzip:64"])
 def test_their_flops_at_full_size_are_those_counted_from_shapes(system, program):
     found, analytic = counted(Case(system, program, "cpu", text=1472 if program == "train" else 64))
     assert found.flops == pytest.approx(analytic, rel=0.03)

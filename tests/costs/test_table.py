@@ -13,8 +13,8 @@ from PIL import Image
 from rich.console import Console
 
 from flexattn_jax.costs import run
-from flexattn_jax.costs.cases import Case
-from flexattn_jax.costs.charts import draw_charts
+from flexattn_jax.costs.cases import Case, model_config
+from flexattn_jax.costs.charts import CHARTS, _panels, draw_charts
 from flexattn_jax.costs.compare import compare
 from flexattn_jax.costs.records import COLD, WARM, Costs, write_costs
 from flexattn_jax.costs.table import COLUMNS, csv_text, markdown, rich_table, rows, size
@@ -68,6 +68,12 @@ def test_the_terminal_shows_what_differs_and_says_where_figures_come_from():
     assert "flex:10%" in text and "no chip has run it" in text
 
 
+def test_a_table_of_nothing_but_failures_says_what_failed():
+    console = Console(width=250, record=True, file=io.StringIO())
+    console.print(rich_table(rows([FLEX], costs((FLEX, {"status": "failed", "message": "signal 7"})))))
+    assert "failed: signal 7" in console.export_text()
+
+
 def test_markdown_has_every_column_and_the_notes():
     text = markdown(rows([LOWRES, FLEX], two_rows(busy=1.0)))
     header, line, *_ = text.splitlines()
@@ -111,9 +117,17 @@ def test_charts_are_drawn_where_an_axis_has_several_values(tmp_path):
         assert picture.width > 300 and len(picture.convert("L").getcolors(256)) > 20
     assert draw_charts(found[:2], tmp_path) == []  # one depth is no axis
 
+    late = {"status": "time limit", "message": "not done after 60 s"}
+    panels = _panels(CHARTS[0], [(row, model_config(row.case)) for row in rows(cases, costs((cases[0], late)))])
+    assert panels == {}  # nothing but bounds
+    bounded = rows(cases, costs((cases[1], late), *((case, reading(case.depth)) for case in cases if case != cases[1])))
+    (panel,) = _panels(CHARTS[0], [(row, model_config(row.case)) for row in bounded]).values()
+    assert panel["lowres, unrolled"].bounds == [(4, 60.0)] and panel["lowres, unrolled"].points == [(8, 8)]
+    assert panel["lowres, scanned"].points == [(4, 4), (8, 8)] and draw_charts(bounded, tmp_path) == [path]
+
     cases = [dataclasses.replace(FLEX, system=f"flex:{cells}") for cells in (4, 8)]
     found = rows([LOWRES, *cases], costs(*((case, reading(**DETAILS)) for case in (LOWRES, *cases))))
-    assert {path.name for path in draw_charts(found, tmp_path)} >= {"time_cells.png"}
+    assert {path.name for path in draw_charts(found, tmp_path)} == {"time_cells.png", "compile_systems.png"}
 
 
 def test_differences_are_those_that_the_spread_does_not_explain():
@@ -155,7 +169,7 @@ def test_the_diff_command_prints_and_tells_by_its_exit_code(tmp_path, capsys):
     assert run.run_diff([str(before), str(before)]) == 0
     assert "nothing changed" in capsys.readouterr().out
     assert run.run_diff([str(before), str(tmp_path / "none.json")]) == 2
-    assert "none.json cannot be read" in capsys.readouterr().err
+    assert "none.json does not exist" in capsys.readouterr().err
     assert run.run_diff([str(before)]) == 2
 
 
