@@ -12,9 +12,16 @@ from absl import flags
 
 from flexattn_jax.command_line import run_command
 from flexattn_jax.evaluation.run import USER_ERRORS, run_benchmark
+from flexattn_jax.processes import begin
 
 _CONFIG = pathlib.Path(__file__).parent / "configs" / "vstar.py"
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder of predictions, results and pictures; empty: runs/BENCHMARK.")
 
+
+def _evaluate(settings: dict) -> None:
+    begin()
+    run_benchmark(settings, _WORKDIR.value)
+
+
 if __name__ == "__main__":
-    run_command(lambda settings: run_benchmark(settings, _WORKDIR.value), _CONFIG, USER_ERRORS)
+    run_command(_evaluate, _CONFIG, USER_ERRORS)

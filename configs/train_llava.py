@@ -14,6 +14,7 @@ Give with each --config.start.checkpoint=DIR --config.data.conversations=FILE --
 from ml_collections import config_dict
 
 from flexattn_jax.overrides import TRAINING, system_overrides
+from flexattn_jax.partitioning import RULES
 
 STAGES = ("instruct", "align", "vistog_align", "vistog")
 
@@ -43,6 +44,7 @@ def get_config(arg: str = "instruct") -> config_dict.ConfigDict:
         {
             "conversations": "",  # llava_v1_5_mix665k.json; align: blip_laion_cc_sbu_558k.json
             "pictures": "",
+            "follow_links": False,  # whether links may lead out of the folder of pictures
             "max_length": 2048,  # positions, the picture's 576 included, that a conversation is cut to
             # Static sizes; every pair that is met compiles one program. T is 576 more.
             "text_lengths": (64, 128, 256, 512, 1024, 1472),
@@ -65,7 +67,21 @@ def get_config(arg: str = "instruct") -> config_dict.ConfigDict:
             "ema_decay": config_dict.placeholder(float),  # None: no moving average
         }
     )
-    config.batch_size = 256 if align else 384
+    # Where parameters and samples lie (docs/pods.md); on one device there is nothing to choose. A size that is None is
+    # the preset's, one may be -1: the devices that are left. Samples are split over slice, data and fsdp; where there
+    # are more devices than samples to divide, preset "fsdp" splits heads, too.
+    config.partition = config_dict.ConfigDict(
+        {
+            "preset": "fsdp",  # or "data" (parameters whole on every device), "fsdp_tensor" (heads over 2 devices, too)
+            "slice": config_dict.placeholder(int),  # slices of a pod, joined by a slower network
+            "data": config_dict.placeholder(int),
+            "fsdp": config_dict.placeholder(int),
+            "tensor": config_dict.placeholder(int),
+            "rules": RULES,  # "logical axis=mesh axes"
+            "largest_replicated": 1 << 22,  # numbers in a parameter that may lie whole on every device
+        }
+    )
+    config.batch_size = 256 if align else 384  # of all devices together
     config.accumulation = 1  # parts that a batch is cut into to save memory
     config.epochs = 1.0
     config.seed = 3407

@@ -1,64 +1,79 @@
 """The small model that learns visual search on two CPU cores (docs/mini.md), stage by stage.
 
-python train.py --config=configs/train_mini.py:tower    --workdir=runs/mini/tower       the tower, from nothing
-python train.py --config=configs/train_mini.py:captions --workdir=runs/mini/captions    connector and decoder: captions
+python train.py --config=configs/train_mini.py:tower       --workdir=runs/mini/tower     tower and connector
+python train.py --config=configs/train_mini.py:tower,more  --workdir=runs/mini/tower-more     and from more pictures
     --config.start.checkpoint=runs/mini/tower/model
-python train.py --config=configs/train_mini.py:lowres   --workdir=runs/mini/lowres      LLaVA-1.5: low resolution alone
-    --config.start.checkpoint=runs/mini/captions/model
-python train.py --config=configs/train_mini.py:flex     --workdir=runs/mini/flex        FlexAttention, from there
-    --config.start.checkpoint=runs/mini/lowres/model
+python train.py --config=configs/train_mini.py:flex,find   --workdir=runs/mini/flex-find   look a name up in every cell
+    --config.start.checkpoint=runs/mini/tower-more/model
+python train.py --config=configs/train_mini.py:flex,both   --workdir=runs/mini/flex-both   or at low resolution alone
+    --config.start.checkpoint=runs/mini/flex-find/model
+python train.py --config=configs/train_mini.py:flex,small  --workdir=runs/mini/flex-small    smaller objects too
+    --config.start.checkpoint=runs/mini/flex-both/model
+python train.py --config=configs/train_mini.py:flex,select --workdir=runs/mini/flex-select    from selected cells
+    --config.start.checkpoint=runs/mini/flex-small/model
+python train.py --config=configs/train_mini.py:flex        --workdir=runs/mini/flex          questions
+    --config.start.checkpoint=runs/mini/flex-select/model
 
-In place of flex: `twin` (low resolution goes on alone), `all` (every cell is read), `random` (random cells are), and
-other ways to read a picture (docs/systems.md): `dense` (LLaVA-1.5-HD), `xattn` (LLaVA-XAttn), `vistog` (16 tokens).
+In place of flex: `twin` (low resolution alone), and other ways to read a picture (docs/systems.md): `dense`
+(LLaVA-1.5-HD), `xattn` (LLaVA-XAttn), `vistog` (16 tokens). `all` (every cell is read) and `random` (random cells are)
+go on from flex,small: until then all three are one model.
 """
 
 from ml_collections import config_dict
 
 LOWRES = {"flexattention": {"enabled": False}}
 ARMS = {  # how pictures are read; the tower reads them whole, so that there is one tile
-    "captions": LOWRES,
-    "lowres": LOWRES,
+    "flex": {"flexattention": {"selector": "attention"}},
+    "all": {"flexattention": {"selector": "all"}},
+    "random": {"flexattention": {"selector": "random"}},
     "twin": LOWRES,
     "dense": LOWRES | {"dense": {"tiles": 1}},
     "xattn": LOWRES | {"crossattention": {"tiles": 1, "width": 96, "num_heads": 4, "source": "connector"}},
     "vistog": LOWRES | {"grouping": {"groups": 16}},
-    "flex": {"flexattention": {}},
-    "all": {"flexattention": {"selector": "all"}},
-    "random": {"flexattention": {"selector": "random"}},
 }
-TRAINABLE = {
-    "tower": "vision,probe",
-    "xattn": "connector,decoder,highres",
-    "vistog": "connector,decoder,grouping",
-}
+BEGUN_AS = {"all": "flex", "random": "flex"}  # the arm whose parts BEFORE_SELECTION are theirs, too
+TRAINABLE = {"xattn": "decoder,highres", "vistog": "decoder,grouping"}  # the connector is the tower's and stays
 
-# What each stage learns from. Search is learned first where it is easy: from objects that low resolution shows, and
-# from captions, in which an object's colour follows its name, so that one look into the picture tells it.
-QUESTIONS = {"presets": ("standard", "crowded"), "text_lengths": (172,), "answer_rows": (80,)}
-DATA = {
-    "tower": QUESTIONS | {"pictures": 6000},
-    "captions": {
-        "presets": ("large",),
-        "questions": False,
-        "captions": 6,
-        "text_lengths": (88,),
-        "answer_rows": (18,),
-    },
-    "lowres": {
-        "presets": ("large", "standard", "crowded"),
-        "captions": 2,
-        "text_lengths": (200,),
-        "answer_rows": (86,),
-    },
+# What each part learns from. Search is learned where one look is enough: in captions, where an object's colour, or
+# its column, follows its name. High resolution comes first, since it shows names best; then low resolution is alone in
+# many of the samples, since its map is what selects. What is selected is read last.
+QUESTIONS = {"presets": ("standard", "crowded"), "questions": True, "text_lengths": (216,), "answer_rows": (32,)}
+CAPTIONS = {"questions": False, "captions": 4, "columns": 2, "text_lengths": (88,), "answer_rows": (18,)}
+TOWER = {
+    "tower": QUESTIONS,
+    "more": QUESTIONS | {"seed": 1, "pictures": 4000},  # the first 3000 it then knows by heart
 }
-EPOCHS = {"tower": 3.0, "captions": 1.6}
+PARTS = {
+    "find": CAPTIONS | {"presets": ("crowded",), "captions": 6, "columns": 0},
+    "both": CAPTIONS | {"presets": ("large", "crowded")},
+    "small": CAPTIONS | {"presets": ("standard", "crowded")},
+    "select": CAPTIONS | {"presets": ("standard", "crowded")},
+    "answers": QUESTIONS | {"captions": 2, "columns": 1},
+}
+BEFORE_SELECTION = ("find", "both", "small")
+DROPOUT = {"both": 0.5, "small": 0.3, "select": 0.3, "answers": 0.2}  # share of samples that read low resolution alone
+EPOCHS = {"tower": 4.0, "more": 4.8, "find": 4.5, "both": 2.5, "small": 1.4, "select": 1.4, "answers": 2.2}
+LEARNING_RATE = {"tower": 2e-3, "more": 1.5e-3, "answers": 1.2e-3}  # others: 1e-3
 
 
 def get_config(arg: str = "flex") -> config_dict.ConfigDict:
     """The settings of `train.py`; `arg` is what follows the colon in --config."""
-    if arg != "tower" and arg not in ARMS:
-        raise ValueError(f"configs/train_mini.py has no {arg!r}; write :tower or one of :{', :'.join(ARMS)}")
-    tower = arg == "tower"
+    arm, _, part = arg.partition(",")
+    tower = arg in ("tower", "tower,more")
+    part = part or ("tower" if tower else "answers")
+    if not tower and (arm not in ARMS or part not in PARTS):
+        raise ValueError(
+            f"configs/train_mini.py has no {arg!r}; write :tower, :tower,more or one of :{', :'.join(ARMS)}, alone "
+            f"or followed by one of ,{' ,'.join(PARTS)}"
+        )
+    if part in BEFORE_SELECTION and arm in BEGUN_AS:
+        raise ValueError(
+            f"there is no :{arg}; until then {arm} is one model with {BEGUN_AS[arm]}: write :{BEGUN_AS[arm]},{part}"
+        )
+    model = dict(ARMS.get(arm, {"flexattention": {}}))
+    if not tower and model["flexattention"].get("enabled", True):
+        every = {"selector": "all"} if part in BEFORE_SELECTION else {}
+        model["flexattention"] = model["flexattention"] | every | {"dropout": DROPOUT.get(part, 0.0)}
     config = config_dict.ConfigDict()
     config.task = "search"
     config.stage = "tower" if tower else "answers"
@@ -66,35 +81,34 @@ def get_config(arg: str = "flex") -> config_dict.ConfigDict:
         {
             "checkpoint": "",  # the stage before, WORKDIR/model
             "vision_tower": "",
-            "preset": "mini" if tower else "",
+            "preset": "mini" if part == "tower" else "",
             "tokenizer": "",  # tower: vsearch's words
             "draw_by_width": True,  # from the N(0, 0.02) of large models it learns nothing for a thousand steps
-            "redraw": "connector,decoder" if arg == "captions" else "",
-            # What low resolution is searched for by then, high resolution is searched for from the start.
-            "copy_projections": arg not in ("tower", "captions", "lowres"),
+            "redraw": "decoder" if part == "find" else "",  # by the seed; the tower's stage drew it too
+            "copy_projections": part == "find",
             "read_highres": True,
             "dtype": config_dict.placeholder(str),
         }
     )
     config.data = config_dict.ConfigDict(
         {
-            "pictures": 4000,
-            "questions": True,
+            "pictures": 3000,
             "captions": 0,
+            "columns": 0,
             "seed": 0,
             "data_dir": "",
             "keep_views": True,
             "eval_samples": 128,
             "window": 1,
         }
-        | DATA.get(arg, QUESTIONS)
+        | (TOWER | PARTS)[part]
     )
     config.tower = config_dict.ConfigDict({"crops": 3, "crop_side": 96})
     config.optimizer = config_dict.ConfigDict(
         {
-            "trainable": TRAINABLE.get(arg, "connector,decoder"),
-            "learning_rate": 2e-3 if tower else 1.5e-3,
-            "schedule": "constant" if arg == "captions" else "cosine",
+            "trainable": "vision,connector,probe" if tower else TRAINABLE.get(arm, "decoder"),
+            "learning_rate": LEARNING_RATE.get(part, 1e-3),
+            "schedule": "cosine" if tower or part == "answers" else "constant",
             "warmup_share": 0.05,
             "b1": 0.9,
             "b2": 0.98,
@@ -106,16 +120,16 @@ def get_config(arg: str = "flex") -> config_dict.ConfigDict:
     )
     config.batch_size = 16
     config.accumulation = 1
-    config.epochs = EPOCHS.get(arg, 1.0)
+    config.epochs = EPOCHS[part]
     config.seed = 0
     config.export = "last"
     config.export_dtype = "float32"
-    config.model = config_dict.ConfigDict(ARMS.get(arg, {"flexattention": {}}))
+    config.model = config_dict.ConfigDict(model)
     config.loop = config_dict.ConfigDict(
         {
             "log_every": 50,
-            "eval_every": 500,
-            "save_every": 500,
+            "eval_every": 250,
+            "save_every": 250,
             "keep": 2,
             "max_bad_steps": 10,
             "profile_steps": "",

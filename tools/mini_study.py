@@ -1,8 +1,9 @@
 """Trains and tests the mini models: every arm with several seeds, from one tower. docs/mini.md holds what it found.
 
-    python tools/mini_study.py --out=runs/mini --seeds=0,1,2            trains what is not trained yet, then tests
+    python tools/mini_study.py --out=runs/mini --seeds=0,1,2                        trains what is missing, tests
+    python tools/mini_study.py --out=runs/mini --seeds=0 --arms=flex,xattn --train  trains these alone
 
-A run that was stopped goes on. `make train-mini` is the part of it that makes the shipped FlexAttention model.
+A run that was stopped goes on. `make train-mini` is the part of it that makes one FlexAttention model.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,11 +23,15 @@ import numpy as np
 from flexattn_jax.api import load
 from flexattn_jax.evaluation.metrics import wilson_interval
 from flexattn_jax.evaluation.search import Answer, ask_all
-from flexattn_jax.inputs.datasets.vsearch import decode_example, load_vsearch
+from flexattn_jax.files import write_whole
+from flexattn_jax.inputs.datasets.vsearch import content_name, decode_example, default_data_dir, load_vsearch
 from flexattn_jax.inputs.datasets.vsearch_examples import ATTRIBUTES, FORMS
+from flexattn_jax.training.search import SearchSource
+from flexattn_jax.training.views import VIEWS, keep_views
 
 ARMS = ("twin", "flex", "all", "random")
 ROOT = Path(__file__).parents[1]
+RECIPE = runpy.run_path(str(ROOT / "configs" / "train_mini.py"))  # its PARTS, and which are whose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +58,23 @@ def tests() -> Iterator[Test]:
             yield Test(arm, preset)
         for swap in ("random", "other_question", "objects"):
             yield Test("flex", preset, swap=swap)
-        for capacity in (2, 4, 16, 32):
+        for capacity in (1, 2, 8, 16):
             yield Test("flex", preset, overrides=(("flexattention.capacity", capacity),))
         yield Test("flex", preset, overrides=(("flexattention.selector", "all"),))
         yield Test("flex", preset, overrides=(("flexattention.enabled", False),))
         for arm in ("twin", "flex"):
             yield Test(arm, preset, split="test_art")
         yield Test("flex", preset, data_seed=12345)
+
+
+def train_arm(arm: str, folder: Path, tower: Path, settings: Sequence[str]) -> None:
+    """Trains an arm part by part (configs/train_mini.py), from the tower on; the model is `folder`/ARM/model."""
+    before = tower
+    for part in RECIPE["PARTS"]:
+        name = RECIPE["BEGUN_AS"].get(arm, arm) if part in RECIPE["BEFORE_SELECTION"] else arm
+        stage, place = (arm, folder / arm) if part == "answers" else (f"{name},{part}", folder / f"{name}-{part}")
+        train(stage, place, f"--config.start.checkpoint={before / 'model'}", *settings)
+        before = place
 
 
 def train(stage: str, workdir: Path, *settings: str) -> None:
@@ -76,11 +92,15 @@ def run_test(test: Test, model: Path, file: Path, data_dir: str, pictures: int) 
     rows = load_vsearch(data_dir or None, test.preset, test.split, test.data_seed)
     examples = [decode_example(rows[k]) for k in range(min(len(rows), pictures or len(rows)))]
     vlm = load(model, config_overrides=dict(test.overrides))
-    records = [_record(answer) for batch in ask_all(vlm, examples, test.swap) for answer in batch]
+    digest = content_name(test.preset, test.split, test.data_seed, len(rows))
+    source = SearchSource(rows, vlm.tokenizer, vlm.config, digest)
+    folder = Path(data_dir or default_data_dir()) / VIEWS  # every arm has the same tower
+    kept = keep_views(source, digest, vlm.config, vlm.params["vision"], folder)
+    views = [kept[k].sample.views for k in range(len(examples))]
+    asked = ask_all(vlm, examples, test.swap, batch_size=16, views=views)
+    records = [_record(answer) for batch in asked for answer in batch]
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(records))
-    partial.replace(file)
+    write_whole(file, json.dumps(records))
     return records
 
 
@@ -123,23 +143,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--arms", default=",".join(ARMS), help="of configs/train_mini.py; others are not tested")
+    parser.add_argument("--train", action="store_true", help="train, and test nothing")
     parser.add_argument("--data_dir", default="", help="where vsearch is drawn to; empty: the user's data folder")
     parser.add_argument("--pictures", type=int, default=0, help="of each test; 0: all")
     arguments = parser.parse_args()
     data = [f"--config.data.data_dir={arguments.data_dir}"]
-    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    seeds, arms = [int(seed) for seed in arguments.seeds.split(",")], arguments.arms.split(",")
     train("tower", arguments.out / "tower", *data)
+    tower = arguments.out / "tower-more"
+    train("tower,more", tower, f"--config.start.checkpoint={arguments.out / 'tower' / 'model'}", *data)
     for seed in seeds:
-        folder = arguments.out / f"seed{seed}"
-        common = [*data, f"--config.seed={seed}"]
-        before = arguments.out / "tower"
-        for stage in ("captions", "lowres"):
-            train(stage, folder / stage, f"--config.start.checkpoint={before / 'model'}", *common)
-            before = folder / stage
-        for arm in ARMS:
-            train(arm, folder / arm, f"--config.start.checkpoint={before / 'model'}", *common)
+        for arm in arms:
+            folder = arguments.out / f"seed{seed}"
+            train_arm(arm, folder, tower, [*data, f"--config.seed={seed}"])
+    if arguments.train:
+        return
     results = {}
-    for test in tests():
+    for test in (test for test in tests() if test.arm in arms):
         records = []
         for seed in seeds:
             folder = arguments.out / f"seed{seed}"

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flexattn_jax.api import scorer_continuation, scorer_question
 from flexattn_jax.evaluation import figures, metrics, parsers, vqa_accuracy
 from flexattn_jax.evaluation.benchmark import Ask, Benchmark, Export, Scorer, Verdict
 from flexattn_jax.evaluation.predictions import Prediction
@@ -27,6 +26,7 @@ from flexattn_jax.inputs.datasets import (
 )
 from flexattn_jax.inputs.datasets.questions import Question
 from flexattn_jax.inputs.prompts import LETTER_ANSWER, SHORT_ANSWER, format_options
+from flexattn_jax.requests import scorer_continuation, scorer_question
 
 _LETTERS_OF_OTTER = "Answer with the option letter from the given choices directly."
 _REGION = "Please provide the bounding box coordinate of the region this sentence describes: {}."

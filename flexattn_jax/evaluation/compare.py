@@ -10,7 +10,6 @@ What is there is not done again. A model that is missing, or lacks weights that 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -35,6 +34,7 @@ from flexattn_jax.evaluation.predictions import Prediction, PredictionLog
 from flexattn_jax.evaluation.report import write_json
 from flexattn_jax.evaluation.run import checkpoint_fingerprint, first_of_each_split
 from flexattn_jax.evaluation.systems import COMPARISONS, Comparison, System
+from flexattn_jax.files import FileError, read_json
 from flexattn_jax.inputs.batching import BatchError
 from flexattn_jax.inputs.datasets.questions import Question
 from flexattn_jax.inputs.tokenizer import TokenizerError, load_tokenizer, tokenize_prompt
@@ -249,9 +249,13 @@ def _time(
 ) -> None:
     """Fills in `times` of the rows that have answers, from times.json or by timing their first model."""
     models = {name: found[name][0][0] for name, row in rows.items() if row["seeds"]}
-    file, kept = folder / "times.json", {}
-    if file.is_file():
-        kept = json.loads(file.read_bytes())
+    file = folder / "times.json"
+    try:
+        kept = read_json(file)
+    except FileNotFoundError:
+        kept = {}
+    except FileError as error:
+        raise HarnessError(f"{file} {error}; remove it to time the systems again") from None
     marks = {
         name: f"{checkpoint_fingerprint(model.folder)} {passes} {model.open.keywords}" for name, model in models.items()
     }

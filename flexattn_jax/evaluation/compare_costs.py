@@ -55,6 +55,7 @@ def count_costs(config: VLMConfig, text_lengths: Sequence[int], predictions: Seq
     def reads(n: int) -> float:
         return kept * (config.num_slots + n if all_read else 1)
 
+    one_row = not all_read
     slots = sum(segment.num_slots * segment.num_layers for segment in config.segments)
     read = 0.0
     if config.reads_highres:
@@ -62,8 +63,8 @@ def count_costs(config: VLMConfig, text_lengths: Sequence[int], predictions: Seq
     elif config.crossattention is not None:
         read = config.highres_grid**2 * config.decoder.num_layers
     return {
-        "decoder_gflop": mean(lambda n: decoder_flops(config, config.num_slots + n, kept, reads(n))),
-        "answer_gflop": mean(lambda n: prefill_flops(config, n, kept, reads(n))),
+        "decoder_gflop": mean(lambda n: decoder_flops(config, config.num_slots + n, kept, reads(n), one_row)),
+        "answer_gflop": mean(lambda n: prefill_flops(config, n, kept, reads(n), one_row)),
         "tokens_read": (slots + read) / config.decoder.num_layers,
     }
 

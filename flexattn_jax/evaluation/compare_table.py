@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flexattn_jax.evaluation.report import percent
+from flexattn_jax.files import write_whole
 
 _COSTS = (
     ("tokens read", lambda costs: f"{costs['tokens_read']:.0f}"),
@@ -105,27 +107,26 @@ def write_markdown(results: Mapping[str, Any], path: Path, charts: Sequence[Path
         parts += [f"## {benchmark['title']}", f"{benchmark['questions']} questions.{chance} {_devices(benchmark)}"]
         parts += ["\n".join(lines), *(f"- {line}" for line in _problems(benchmark))]
     parts += [f"![accuracy against cost]({chart.name})" for chart in charts]
-    _write(path, "\n\n".join(parts) + "\n")
+    write_whole(path, "\n\n".join(parts) + "\n")
 
 
 def write_csv(results: Mapping[str, Any], path: Path) -> None:
     """A line for each system and benchmark, and for each of its splits; numbers as in results.json."""
     names = ["benchmark", "system", "title", "split", "n", "accuracy", "low", "high", "models"]
     costs, times = ("tokens_read", "decoder_gflop", "answer_gflop"), ("encode", "prefill", "decode")
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*names, *costs, *(f"{t}_ms{end}" for t in times for end in ("", "_min", "_max")), "memory"])
-        for benchmark, found in results["benchmarks"].items():
-            for system, row in found["systems"].items():
-                for split, counts in {"overall": row["overall"], **row["splits"]}.items():
-                    counts = counts or {"n": 0, "accuracy": None, "ci95": None}
-                    low, high = counts["ci95"] or (None, None)
-                    values = [benchmark, system, row["title"], split, counts["n"], counts["accuracy"], low, high]
-                    values += [len(row["seeds"]), *((row["costs"] or {}).get(name) for name in costs)]
-                    spent = row["times"] or {"memory": None} | {name: [None] * 3 for name in times}
-                    writer.writerow([*values, *(v for name in times for v in spent[name]), spent["memory"]])
-    partial.replace(path)
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    writer.writerow([*names, *costs, *(f"{t}_ms{end}" for t in times for end in ("", "_min", "_max")), "memory"])
+    for benchmark, found in results["benchmarks"].items():
+        for system, row in found["systems"].items():
+            for split, counts in {"overall": row["overall"], **row["splits"]}.items():
+                counts = counts or {"n": 0, "accuracy": None, "ci95": None}
+                low, high = counts["ci95"] or (None, None)
+                values = [benchmark, system, row["title"], split, counts["n"], counts["accuracy"], low, high]
+                values += [len(row["seeds"]), *((row["costs"] or {}).get(name) for name in costs)]
+                spent = row["times"] or {"memory": None} | {name: [None] * 3 for name in times}
+                writer.writerow([*values, *(v for name in times for v in spent[name]), spent["memory"]])
+    write_whole(path, file.getvalue())
 
 
 # One colour and marker for each family, in the order of the table; a colour that comes again has hollow markers and
@@ -196,9 +197,3 @@ def _draw_family(axes: Any, number: int, rows: Sequence[Mapping[str, Any]], acro
     for row, place in zip(rows, zip(x, y, strict=True), strict=True):
         if row["size"]:
             axes.annotate(row["size"], place, xytext=(4, 4), textcoords="offset points", fontsize=6.5, color=colour)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)

@@ -8,7 +8,6 @@ it (import, loading, both resolutions, selection, scoring, generation) runs as i
 
 from __future__ import annotations
 
-import importlib.resources
 import json
 import shutil
 import sys
@@ -18,6 +17,7 @@ import numpy as np
 import safetensors.numpy
 import tokenizers
 
+from flexattn_jax.files import FileError, packaged, read_json
 from flexattn_jax.inputs.datasets.vstar import read_vstar
 from flexattn_jax.inputs.prompts import LETTER_ANSWER, SHORT_ANSWER, build_prompt
 
@@ -36,14 +36,14 @@ _QUERY_GAIN = 3.0
 
 def demo_questions() -> Path:
     """The packaged folder of real photographs with hand-written questions, in V* Bench's layout."""
-    return Path(str(importlib.resources.files("flexattn_jax") / "assets" / "demo" / "vstar"))
+    return packaged("demo") / "vstar"
 
 
 def is_random(checkpoint: str | Path) -> bool:
     """Whether a checkpoint folder, imported or not, holds what `write_random_checkpoint` made."""
     try:
-        settings = json.loads((Path(checkpoint) / "tokenizer_config.json").read_bytes())
-    except (OSError, ValueError):
+        settings = read_json(Path(checkpoint) / "tokenizer_config.json")
+    except (OSError, FileError):
         return False
     return isinstance(settings, dict) and settings.get("name_or_path") == RANDOM_NAME
 

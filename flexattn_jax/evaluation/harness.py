@@ -21,7 +21,9 @@ from flexattn_jax.inputs.datasets.questions import Question, QuestionError
 from flexattn_jax.inputs.images import ImageError, load_image, stretch_to_square
 from flexattn_jax.inputs.prompts import build_prompt
 from flexattn_jax.inputs.tokenizer import TokenizerError
+from flexattn_jax.requests import NEW_TOKENS
 
+MAX_BATCH = 256  # questions, whose pictures are in memory together
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -37,9 +39,12 @@ class _Loaded:
 
 def check_sizes(batch_size: int, max_new_tokens: int) -> None:
     """Raises HarnessError for an impossible size."""
-    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
-        if value < 1:
-            raise HarnessError(f"{name} is {value}; it must be at least 1")
+    for name, value, most in (
+        ("batch_size", batch_size, MAX_BATCH),
+        ("max_new_tokens", max_new_tokens, NEW_TOKENS[-1]),
+    ):
+        if not 1 <= value <= most:
+            raise HarnessError(f"{name} is {value}; it must lie in 1..{most}")
 
 
 def open_picture(question: Question) -> Image.Image:

@@ -14,6 +14,7 @@ from flexattn_jax.api import VisionLanguageModel
 from flexattn_jax.config import IMAGE_PLACEHOLDER
 from flexattn_jax.evaluation.harness import open_picture, unpack_cells
 from flexattn_jax.evaluation.predictions import CellSelection, Prediction
+from flexattn_jax.files import naming
 from flexattn_jax.inputs.datasets.questions import Question
 
 _ODD = re.compile(r"[\0\\:*?\"<>|\n\r\t]")
@@ -117,7 +118,8 @@ def write_pictures(
     for question in answered:
         path = folder / f"{_file_name(question.id)}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw_question(question, predictions[question.id]).save(path)
+        with naming(path):
+            draw_question(question, predictions[question.id]).save(path)
         paths.append(path)
     return paths
 

@@ -12,10 +12,13 @@ import hashlib
 import json
 import math
 import os
+import string
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flexattn_jax.config import from_dict
+from flexattn_jax.files import DATA_BYTES, FileError, naming, parse_json, read_bytes, read_json, write_whole
 from flexattn_jax.inputs.datasets.questions import Question
 
 PREDICTIONS = "predictions.jsonl"
@@ -117,15 +120,19 @@ class PredictionLog:
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
-        self._lock.close()
+        try:
+            with naming(self.workdir / PREDICTIONS):  # what a full disk did not take is tried once more
+                self._file.close()
+        finally:
+            self._lock.close()
 
     def append(self, predictions: Sequence[Prediction]) -> None:
         """Adds finished questions; they are on disk when this returns."""
         lines = "".join(json.dumps(_to_json(p), allow_nan=False) + "\n" for p in predictions)
-        self._file.write(lines.encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self.workdir / PREDICTIONS):
+            self._file.write(lines.encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self.finished.update({prediction.id: prediction for prediction in predictions})
 
     def digest(self, question: Question) -> str:
@@ -133,36 +140,43 @@ class PredictionLog:
 
     def _check_settings(self) -> None:
         path, predictions = self.workdir / RUN, self.workdir / PREDICTIONS
-        if not predictions.exists() or predictions.stat().st_size == 0:  # no answers that could be mixed up
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(self._settings, indent=1) + "\n")
-            partial.replace(path)
-            return
-        if not path.exists():
-            raise self._foreign(f"it has {PREDICTIONS} and no {RUN}")
+        empty = not predictions.exists() or predictions.stat().st_size == 0  # no answers that could be mixed up
         try:
-            earlier = json.loads(path.read_bytes())
-        except ValueError:
-            raise self._foreign(f"its {RUN} is damaged") from None
-        if earlier != self._settings:
-            earlier = earlier if isinstance(earlier, dict) else {}
+            earlier = read_json(path)
+        except FileNotFoundError:
+            if not empty:
+                raise self._foreign(f"it has {PREDICTIONS} and no {RUN}") from None
+            earlier = {"format": FORMAT}
+        except FileError as error:
+            raise self._foreign(f"its {RUN} {error}") from None
+        earlier = earlier if isinstance(earlier, dict) else {}
+        if "format" not in earlier:
+            raise self._foreign(f"its {RUN} is no evaluation's")
+        if empty:
+            write_whole(path, json.dumps(self._settings, indent=1) + "\n")
+        elif earlier != self._settings:
             keys = sorted(k for k in earlier.keys() | self._settings if earlier.get(k) != self._settings.get(k))
             differences = ", ".join(
                 f"{key} was {_short(earlier.get(key))} and is now {_short(self._settings.get(key))}" for key in keys
             )
-            raise self._foreign(differences or f"its {RUN} is of another kind")
+            raise self._foreign(differences)
 
     def _read(self) -> None:
         path = self.workdir / PREDICTIONS
         if not path.exists():
             return
-        data = path.read_bytes()
+        try:
+            data = read_bytes(path, DATA_BYTES)
+        except FileError as error:
+            raise WorkdirError(f"{path} {error}; choose another --workdir") from None
         whole = data.rfind(b"\n") + 1
         lines = data[:whole].split(b"\n")[:-1]
         for number, line in enumerate(lines, start=1):
             try:
-                prediction = _from_json(json.loads(line))
-            except (ValueError, TypeError, KeyError):
+                prediction = _from_json(line)
+                if prediction.id in self.finished:
+                    raise ValueError("a second answer")
+            except ValueError:
                 if number == len(lines) and whole == len(data):
                     whole -= len(line) + 1  # a last line of the right length whose bytes never reached the disk
                     break
@@ -188,18 +202,23 @@ def read_predictions(path: str | Path) -> list[Prediction]:
     """The predictions of a file, whatever wrote it last. Raises WorkdirError."""
     path = Path(path)
     try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise WorkdirError(f"{path} cannot be read ({error.strerror}); give the {PREDICTIONS} of a run") from error
-    predictions = []
+        lines = read_bytes(path, DATA_BYTES).splitlines()
+    except FileNotFoundError as error:
+        raise WorkdirError(f"{path} does not exist; give the {PREDICTIONS} of a run") from error
+    except FileError as error:
+        raise WorkdirError(f"{path} {error}; give the {PREDICTIONS} of a run") from error
+    predictions: dict[str, Prediction] = {}
     for number, line in enumerate(lines, start=1):
         try:
-            predictions.append(_from_json(json.loads(line)))
-        except (ValueError, TypeError, KeyError, AttributeError):
+            prediction = _from_json(line)
+        except ValueError as error:
             raise WorkdirError(
-                f"line {number} of {path} is damaged or was written by another version; remove that line"
+                f"line {number} of {path} is damaged or was written by another version ({error}); remove that line"
             ) from None
-    return predictions
+        if prediction.id in predictions:
+            raise WorkdirError(f"line {number} of {path} answers {prediction.id} once more; remove that line")
+        predictions[prediction.id] = prediction
+    return list(predictions.values())
 
 
 def _short(value: Any) -> str:
@@ -214,13 +233,23 @@ def _to_json(prediction: Prediction) -> dict[str, Any]:
     return values
 
 
-def _from_json(values: dict[str, Any]) -> Prediction:
-    values = dict(values)
-    if values["losses"] is not None:
-        values["losses"] = tuple(float(loss) for loss in values["losses"])
-    for key in ("options", "answers", "order"):
-        values[key] = None if values[key] is None else tuple(values[key])
-    if values["selection"] is not None:
-        selection = {k: tuple(v) if isinstance(v, list) else v for k, v in values["selection"].items()}
-        values["selection"] = CellSelection(**selection)
-    return Prediction(**values)
+def _from_json(line: bytes) -> Prediction:
+    """Raises ValueError for a line that is no prediction."""
+    values = parse_json(line)
+    losses = values.pop("losses", None) if isinstance(values, dict) else None
+    prediction: Prediction = from_dict(values | {"losses": None} if isinstance(values, dict) else values, Prediction)
+    if losses is not None:
+        if not isinstance(losses, list) or not all(isinstance(loss, (str, float, int)) for loss in losses):
+            raise ValueError("losses must be a list of numbers")
+        prediction = dataclasses.replace(prediction, losses=tuple(float(loss) for loss in losses))
+    count, chosen = len(prediction.options), prediction.selection
+    fits = prediction.losses is None or len(prediction.losses) == count
+    fits = fits and (prediction.order is None or sorted(prediction.order) == list(range(count)))
+    fits = fits and all(index is None or 0 <= index < count for index in (prediction.target, prediction.choice))
+    if chosen is not None:
+        digits = 2 * -(-(chosen.cell_grid**2) // 8)
+        fits = fits and len(chosen.layers) == len(chosen.cells) == len(chosen.overflow) > 0
+        fits = fits and all(len(row) == digits and set(row) <= set(string.hexdigits) for row in chosen.cells)
+    if not fits:
+        raise ValueError("its options, losses, order, choice or cells do not fit each other")
+    return prediction

@@ -18,6 +18,7 @@ from flexattn_jax.evaluation import metrics
 from flexattn_jax.evaluation.benchmarks import BENCHMARKS
 from flexattn_jax.evaluation.harness import unpack_cells
 from flexattn_jax.evaluation.predictions import Prediction
+from flexattn_jax.files import printable, write_whole
 from flexattn_jax.inputs.datasets.questions import QuestionError
 
 _PRINTED_NAMES = 10  # errors and unresolved questions named on the screen; results.json names all
@@ -114,9 +115,7 @@ def _timing(predictions: Sequence[Prediction]) -> dict[str, Any]:
 
 def write_json(path: Path, values: Any) -> None:
     """Writes JSON; the file appears whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
-    partial.replace(path)
+    write_whole(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
 
 
 def print_report(results: dict[str, Any], console: Console | None = None) -> None:
@@ -125,7 +124,7 @@ def print_report(results: dict[str, Any], console: Console | None = None) -> Non
     if not console.is_terminal:
         console = Console(file=console.file, width=100, color_system=None)
     if results["prompt"]:
-        console.print(f"The first prompt:\n{escape(results['prompt'])}", highlight=False, soft_wrap=True)
+        console.print(f"The first prompt:\n{escape(printable(results['prompt']))}", highlight=False, soft_wrap=True)
     if results["overall"]["n"] or not results["answers"]:
         console.print(_accuracies(results))
     if results["figures"]:
@@ -148,7 +147,7 @@ def _accuracies(results: dict[str, Any]) -> Table:
     for name in ("n", "correct", "accuracy", "95 % interval", "chance"):
         table.add_column(name, justify="right")
     for name, counts in results["splits"].items():
-        table.add_row(escape(name), *_cells(counts))
+        table.add_row(escape(printable(name)), *_cells(counts))
     table.add_section()
     table.add_row("overall", *_cells(results["overall"]), style="bold")
     return table
@@ -193,8 +192,7 @@ def _print_names(console: Console, title: str, entries: Sequence[tuple[str, str]
         return
     console.print(f"{len(entries)} {title}:", style="red", highlight=False)
     for name, reason in entries[:_PRINTED_NAMES]:
-        text = f"  {name}: {reason}".encode("utf-8", "replace").decode()  # file names may hold any bytes
-        console.print(escape(text), highlight=False, soft_wrap=True)
+        console.print(escape(printable(f"  {name}: {reason}")), highlight=False, soft_wrap=True)
     if len(entries) > _PRINTED_NAMES:
         console.print(f"  and {len(entries) - _PRINTED_NAMES} more, named in results.json", highlight=False)
 

@@ -9,15 +9,16 @@ what the model wrote, or the options' losses, are what they were.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flexattn_jax.command_line import exit_code
 from flexattn_jax.evaluation.benchmarks import BENCHMARKS
 from flexattn_jax.evaluation.predictions import RUN, WorkdirError, read_predictions
 from flexattn_jax.evaluation.report import build_results, print_report, write_json
+from flexattn_jax.files import FileError, read_json
 
 
 def rescore(path: str | Path, scorer: str | None = None) -> tuple[dict[str, Any], int]:
@@ -45,18 +46,24 @@ def rescore(path: str | Path, scorer: str | None = None) -> tuple[dict[str, Any]
             f"{' or '.join(fitting)}, not by {scorer!r}; run eval.py with --config.scorer={scorer} to ask in its words"
         )
     earlier = read_predictions(path)
-    predictions = [scorers[scorer].score(prediction) for prediction in earlier]
+    try:
+        predictions = [scorers[scorer].score(prediction) for prediction in earlier]
+        results = build_results(name, config=run | {"scorer": scorer}, predictions=predictions)
+    except (AttributeError, TypeError, IndexError, ValueError) as error:  # say letters without what was written
+        raise WorkdirError(f"{path} holds answers of another form than {name}'s ({error}); ask again") from error
     changed = sum(before.score != after.score for before, after in zip(earlier, predictions, strict=True))
-    return build_results(name, config=run | {"scorer": scorer}, predictions=predictions), changed
+    return results, changed
 
 
 def _read_run(path: Path) -> dict[str, Any]:
     try:
-        run = json.loads(path.read_bytes())
+        run = read_json(path)
         if run["scorer"] in BENCHMARKS[run["benchmark"]].scorers:
             return run
-    except OSError as error:
-        reason = f"cannot be read ({error.strerror})"
+    except FileNotFoundError:
+        reason = "is missing"
+    except FileError as error:
+        reason = str(error)
     except (ValueError, KeyError, TypeError):
         reason = "names no benchmark of questions"
     else:
@@ -71,19 +78,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--scorer", help="another scorer that asks in the same words")
     parser.add_argument("--out", help="file to write the results to, as results.json")
     options = parser.parse_args(arguments)
-    try:
+
+    def act() -> None:
         results, changed = rescore(options.file, options.scorer)
         if options.out:
             write_json(Path(options.out), results)
-    except WorkdirError as error:
-        print(f"rescore: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"rescore: {options.out} cannot be written ({error.strerror})", file=sys.stderr)
-        return 2
-    print_report(results)
-    print(f"{changed} of {results['answers']} predictions have another score than in {options.file}")
-    return 0
+        print_report(results)
+        print(f"{changed} of {results['answers']} predictions have another score than in {options.file}")
+
+    return exit_code("rescore", act, (WorkdirError,))
 
 
 if __name__ == "__main__":

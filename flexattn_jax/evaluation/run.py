@@ -18,14 +18,17 @@ from flexattn_jax.evaluation import demo, harness
 from flexattn_jax.evaluation.benchmarks import BENCHMARKS
 from flexattn_jax.evaluation.harness import HarnessError
 from flexattn_jax.evaluation.pictures import write_groups, write_pictures
-from flexattn_jax.evaluation.predictions import PREDICTIONS, PredictionLog, WorkdirError
+from flexattn_jax.evaluation.predictions import PREDICTIONS, WorkdirError
 from flexattn_jax.evaluation.report import build_results, print_report, write_json
+from flexattn_jax.evaluation.settings import benchmark_config
+from flexattn_jax.evaluation.sharing import SharedLog, own_devices
 from flexattn_jax.inputs.batching import BatchError
 from flexattn_jax.inputs.datasets.questions import DatasetError, Question
 from flexattn_jax.inputs.datasets.vsearch_examples import VSearchError
 from flexattn_jax.inputs.datasets.vsearch_scenes import AssetError
 from flexattn_jax.inputs.images import ImageError
 from flexattn_jax.inputs.tokenizer import TokenizerError
+from flexattn_jax.processes import ProcessFault, is_first, on_first, together
 
 RESULTS = "results.json"
 PICTURES = "pictures"
@@ -42,6 +45,7 @@ USER_ERRORS = (
     ConfigError,
     VSearchError,
     AssetError,
+    ProcessFault,
 )
 
 _SAMPLED_BYTES = 1 << 16
@@ -81,6 +85,13 @@ def run_questions(
     """
     benchmark, variant = BENCHMARKS[name], settings.get("variant", "")
     limit, pictures = settings["limit"], settings["pictures"]
+    usual = benchmark_config(name).to_dict()
+    for setting in usual.keys() & settings.keys():
+        if usual[setting] is not None and not isinstance(settings[setting], type(usual[setting])):
+            kind = type(usual[setting]).__name__
+            raise HarnessError(
+                f"{setting} is {settings[setting]!r} in the config file; a value of type {kind} is expected"
+            )
     for setting in ("limit", "pictures"):
         if settings[setting] < 0:
             raise HarnessError(f"{setting} is {settings[setting]}; it cannot be negative")
@@ -103,56 +114,70 @@ def run_questions(
         "dtype": settings["dtype"],
         "model_overrides": overrides,
     }
+    weights = settings.get("weights")
+    if weights is not None:
+        answers_depend_on["weights"] = weights
     if scorer.ask.continuation is None:
         answers_depend_on["max_new_tokens"] = settings["max_new_tokens"]
 
     @cache
     def open_vlm():
-        return load(checkpoint, dtype=settings["dtype"], config_overrides=overrides)
+        partition = own_devices(settings["tensor"])
+        return load(
+            checkpoint, dtype=settings["dtype"], config_overrides=overrides, partition=partition, weights=weights
+        )
 
     asked = first_of_each_split(questions, limit)
-    with PredictionLog(workdir, answers_depend_on, questions) as log:
-        if log.finished:
+    with together(USER_ERRORS), SharedLog(workdir, answers_depend_on, questions) as shared:
+        log = shared.log
+        if log.finished and is_first():
             known = sum(question.id in log.finished for question in asked)
             torn = "; the last line was half written and is asked again" if log.torn else ""
             print(f"{known} of {len(asked)} questions are answered in {log.workdir / PREDICTIONS} already{torn}")
         errors = harness.evaluate(
             open_vlm,
-            asked,
+            shared.own(asked),
             log,
             scorer,
             batch_size=settings["batch_size"],
             max_new_tokens=settings["max_new_tokens"],
-            show_progress=show_progress,
+            show_progress=show_progress and is_first(),
         )
-        answered = [log.finished[question.id] for question in asked if question.id in log.finished]
-        results = build_results(
-            name,
-            config=dict(settings),
-            predictions=answered,
-            splits=list(dict.fromkeys(question.split for question in asked)),
-            errors=[*read_errors, *errors],
-            note=demo.NOTE if demo.is_random(checkpoint) else None,
-            prompt=harness.prompt(asked[0], scorer.ask),
-        )
-        written = [RESULTS, PREDICTIONS]
-        if variant in benchmark.exports:
-            export = benchmark.exports[variant]
-            by_name = {prediction.id: prediction for prediction in answered}
-            write_json(log.workdir / export.file_name, export.content(Path(settings["data_dir"]), variant, by_name))
-            results["judge"] = export.judge
-            written.append(export.file_name)
-        write_json(log.workdir / RESULTS, results)
-        paths = write_pictures(asked, log.finished, log.workdir / PICTURES, pictures)
-        if paths and not any(prediction.selection for prediction in answered) and open_vlm().config.grouping:
-            shown = [question for question in asked if question.id in log.finished]
-            paths += write_groups(open_vlm(), shown, log.workdir / PICTURES, pictures)
-    print_report(results)
-    pictured = f" and {len(paths)} pictures in {log.workdir / PICTURES}" if paths else ""
-    print(f"Written: {', '.join(str(log.workdir / file) for file in written)}{pictured}")
-    if not answered:
-        raise HarnessError(f"no question of {settings['data_dir']} could be asked; the reasons are listed above")
-    return results
+        errors = shared.bring_together(errors)
+
+        def finish() -> dict[str, Any]:
+            answered = [log.finished[question.id] for question in asked if question.id in log.finished]
+            results = build_results(
+                name,
+                config=dict(settings),
+                predictions=answered,
+                splits=list(dict.fromkeys(question.split for question in asked)),
+                errors=[*read_errors, *errors],
+                note=demo.NOTE if demo.is_random(checkpoint) else None,
+                prompt=harness.prompt(asked[0], scorer.ask),
+            )
+            written = [RESULTS, PREDICTIONS]
+            if variant in benchmark.exports:
+                export = benchmark.exports[variant]
+                by_name = {prediction.id: prediction for prediction in answered}
+                write_json(log.workdir / export.file_name, export.content(Path(settings["data_dir"]), variant, by_name))
+                results["judge"] = export.judge
+                written.append(export.file_name)
+            write_json(log.workdir / RESULTS, results)
+            paths = write_pictures(asked, log.finished, log.workdir / PICTURES, pictures)
+            if paths and not any(prediction.selection for prediction in answered) and open_vlm().config.grouping:
+                shown = [question for question in asked if question.id in log.finished]
+                paths += write_groups(open_vlm(), shown, log.workdir / PICTURES, pictures)
+            print_report(results)
+            pictured = f" and {len(paths)} pictures in {log.workdir / PICTURES}" if paths else ""
+            print(f"Written: {', '.join(str(log.workdir / file) for file in written)}{pictured}")
+            if not answered:
+                raise HarnessError(
+                    f"no question of {settings['data_dir']} could be asked; the reasons are listed above"
+                )
+            return results
+
+        return on_first(finish)
 
 
 def checkpoint_fingerprint(checkpoint: str | Path) -> str:
@@ -184,8 +209,8 @@ def _checkpoint(settings: Mapping[str, Any]) -> Path:
         print(f"writing a small checkpoint of random weights to {folder}")
         folder.parent.mkdir(parents=True, exist_ok=True)
         demo.write_random_checkpoint(folder)
-    if not folder.is_dir():
-        raise HarnessError(f"the checkpoint {folder} is no folder; give the right --config.checkpoint")
+    if not (folder / "config.json").is_file():  # asked first: of a wrong folder, say /, every file would be read
+        raise HarnessError(f"the checkpoint {folder} has no config.json; give the right --config.checkpoint")
     return folder
 
 

@@ -26,6 +26,7 @@ from flexattn_jax.inputs.datasets.vsearch_examples import Example
 from flexattn_jax.inputs.images import preprocess
 from flexattn_jax.inputs.prompts import IMAGE_TAG
 from flexattn_jax.inputs.tokenizer import Tokenizer
+from flexattn_jax.models.vision import Views
 from flexattn_jax.models.vlm import VLM
 
 # What a row reads in place of the cells that it selected, as many of them: those that the row of another question about
@@ -82,6 +83,7 @@ def ask_all(
     swap: str | None = None,
     seed: int = 0,
     batch_size: int = 4,
+    views: Sequence[Views] | None = None,
 ) -> Iterator[list[Answer]]:
     """Asks all questions about all pictures; the option with the lowest mean loss is the model's choice.
 
@@ -89,6 +91,7 @@ def ask_all(
       swap: of SWAPS; None: the model reads what it selects.
       seed: of what a swap draws.
       batch_size: pictures at once; changes no answer.
+      views: what the tower saw of each picture, such as `keep_views` kept (in float16); None: it looks at them now.
 
     Yields:
       the answers to all questions about a batch of pictures.
@@ -113,18 +116,18 @@ def ask_all(
         group = packed[first : first + batch_size]
         shown = examples[first : first + batch_size]
         samples = [
-            p.sample._replace(**dict(zip(("pixels", "size"), preprocess(e.picture(), vlm.config), strict=True)))
-            for p, e in zip(group, shown, strict=True)
+            _show(p.sample, e, vlm.config, None if views is None else views[first + k])
+            for k, (p, e) in enumerate(zip(group, shown, strict=True))
         ]
         batch = make_batch(samples, vlm.config, buckets, pad_batch_to=batch_size)
         rows = np.full((batch_size, readers), batch.token_ids.shape[1], np.int32)
         for line, p in zip(rows, group, strict=False):
             reading = np.flatnonzero(p.learned) - 1
             line[: len(reading)] = reading
-        losses, cells, views = forward(vlm.params, batch, rows, None)
+        losses, cells, seen = forward(vlm.params, batch, rows, None)
         if swap is not None:
             given = _swapped(swap, np.asarray(cells), rows, group, shown, vlm.config, rng)
-            losses, _, _ = forward(vlm.params, batch.replace(pixels=None, views=views), rows, given)
+            losses, _, _ = forward(vlm.params, batch.replace(pixels=None, views=seen), rows, given)
             cells = given[1:]  # what was read, not what was selected
         losses, cells = np.asarray(losses), None if cells is None else np.asarray(cells)
         answers: list[Answer] = []
@@ -132,6 +135,13 @@ def ask_all(
             read = None if cells is None else (cells[:, k], rows[k])
             answers += _judge(example, p, losses[k], read, vlm.config)
         yield answers
+
+
+def _show(sample: Sample, example: Example, config: VLMConfig, views: Views | None) -> Sample:
+    if views is not None:
+        return sample._replace(views=views)  # pictures of vsearch are square: no padding to know of
+    pixels, size = preprocess(example.picture(), config)
+    return sample._replace(pixels=pixels, size=size)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -28,6 +28,7 @@ from flexattn_jax.evaluation.predictions import CellSelection, Prediction, Predi
 from flexattn_jax.evaluation.report import percent, write_json
 from flexattn_jax.evaluation.run import checkpoint_fingerprint
 from flexattn_jax.evaluation.search import Answer, ask_all, pack_options
+from flexattn_jax.files import packaged
 from flexattn_jax.inputs.datasets.questions import Question
 from flexattn_jax.inputs.datasets.vsearch import decode_example, load_vsearch
 from flexattn_jax.inputs.datasets.vsearch_examples import FORMS, Example
@@ -86,9 +87,7 @@ def run_vsearch(settings: Mapping[str, Any], workdir: str | Path) -> dict[str, A
     Raises:
         HarnessError and the other user errors of `evaluation.run`.
     """
-    workdir, models = Path(workdir), Path(settings["models"])
-    if not settings["models"]:
-        raise HarnessError("no models are given: --config.models=DIR, such as the runs/mini/seed0 of `make train-mini`")
+    workdir, models = Path(workdir), Path(settings["models"] or packaged("mini"))
     unknown = [name for name in settings["arms"] if name not in ARMS]
     if unknown or not settings["arms"]:
         raise HarnessError(f"arms is {settings['arms']}; name some of {', '.join(ARMS)}")
@@ -102,6 +101,9 @@ def run_vsearch(settings: Mapping[str, Any], workdir: str | Path) -> dict[str, A
     for name in settings["arms"]:
         arm = ARMS[name]
         folder = next((f for f in (models / arm.model / "model", models / arm.model) if f.is_dir()), None)
+        if folder is None and not settings["models"] and len(settings["arms"]) > 1:
+            print(f"no model of `{name}` is packaged; `make study` trains it: --config.models=runs/mini/seed0")
+            continue
         if folder is None:
             raise HarnessError(
                 f"there is no model in {models / arm.model}; give the folder of trained models, --config.models=DIR "
@@ -124,7 +126,8 @@ def _run_arm(
     questions: Mapping[str, list[Question]],
 ) -> dict[str, Any]:
     overrides = dotted(settings["model_overrides"])
-    vlm = load(checkpoint, dtype=settings["dtype"], config_overrides=overrides)
+    weights = settings.get("weights")
+    vlm = load(checkpoint, dtype=settings["dtype"], config_overrides=overrides, weights=weights)
     answers_depend_on = {
         "benchmark": "vsearch",
         **{key: settings[key] for key in ("preset", "split", "seed", "dtype")},
@@ -132,6 +135,8 @@ def _run_arm(
         "model_overrides": overrides,
         "swap": arm.swap,
     }
+    if weights is not None:
+        answers_depend_on["weights"] = weights
     flat = [question for example in examples for question in questions[example.id]]
     with PredictionLog(workdir, answers_depend_on, flat) as log:
         answer_all(vlm, examples, questions, log, arm.title, arm.swap or None, settings["seed"], settings["batch_size"])

@@ -75,10 +75,7 @@ _SELECTORS = {
     **_flex("flex_paper", "FlexAttention, variant `paper`", variant="paper"),
 }
 
-_MINI_RECIPE = (
-    "python train.py --config=configs/train_mini.py:{arm} --config.start.checkpoint={models}/seed{seed}/lowres/model "
-    "--config.seed={seed} --workdir={folder}"
-)
+_MINI_RECIPE = "python tools/mini_study.py --out={models} --arms={arm} --seeds={seed} --train"
 _MINI_ARMS = ("twin", "dense", "xattn", "vistog", "flex", "all", "random")
 
 _MINI = {

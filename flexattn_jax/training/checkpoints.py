@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -20,6 +19,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from flexattn_jax.files import first_line, read_json, write_whole
+from flexattn_jax.processes import on_first
 from flexattn_jax.training.state import TrainState
 
 _CHUNK = 1 << 22
@@ -41,13 +42,12 @@ class Checkpointer:
         Raises CheckpointFault when there are checkpoints, and every one of them is damaged.
         """
         self._root, self._sums = workdir / "checkpoints", workdir / "checksums"
-        self._root.mkdir(parents=True, exist_ok=True)
-        self._sums.mkdir(exist_ok=True)
         self._pending: int | None = None
         self._sealing: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._losses: dict[int, float] = {}  # of evaluated checkpoints
-        self._discard_unusable(workdir / "damaged", say)
+        on_first(lambda: self._discard_unusable(workdir / "damaged", say))
+        self._losses = {int(step): loss for step, loss in on_first(lambda: list(self._losses.items()))}
         policies = [checkpoint_managers.LatestN(keep), _Best(self)]
         options = ocp.CheckpointManagerOptions(preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies))
         self._manager = ocp.CheckpointManager(self._root.absolute(), options=options)
@@ -120,14 +120,8 @@ class Checkpointer:
 
     def _seal(self, step: int) -> None:
         try:
-            target = self._sums / f"{step}.json"
-            partial = target.with_suffix(".partial")
-            with partial.open("w") as file:
-                files = _checksums(self._root / str(step))
-                json.dump({"files": files, "eval_loss": self._losses.get(step)}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(target)
+            record = {"files": _checksums(self._root / str(step)), "eval_loss": self._losses.get(step)}
+            write_whole(self._sums / f"{step}.json", json.dumps(record))
             for other in self._sums.glob("*.json"):
                 if not (self._root / other.stem).is_dir():
                     other.unlink(missing_ok=True)
@@ -135,6 +129,8 @@ class Checkpointer:
             self._failure = error
 
     def _discard_unusable(self, damaged: Path, say: Callable[[str], None]) -> None:
+        self._root.mkdir(parents=True, exist_ok=True)
+        self._sums.mkdir(exist_ok=True)
         steps = sorted((int(path.name) for path in self._root.iterdir() if path.name.isdigit()), reverse=True)
         faults = {step: self._fault(step) for step in steps}
         usable = [step for step in steps if faults[step] is None]
@@ -161,11 +157,11 @@ class Checkpointer:
     def _fault(self, step: int) -> str | None:
         """None if a checkpoint is as it was written, "" if it was never finished, else what is wrong."""
         try:
-            record = json.loads((self._sums / f"{step}.json").read_bytes())
+            record = read_json(self._sums / f"{step}.json")
             expected, loss = dict(record["files"]), record["eval_loss"]
         except FileNotFoundError:
             return ""
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             return "its checksums cannot be read"
         folder = self._root / str(step)
         try:
@@ -212,6 +208,7 @@ class _reported:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+            return  # another process is gone, which is no fault of the file system
         if isinstance(error, (OSError, ValueError, KeyError, RuntimeError)) and not isinstance(error, CheckpointFault):
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise CheckpointFault(f"{self._where} cannot be written or read: {reason[:300]}") from error
+            raise CheckpointFault(f"{self._where} cannot be written or read: {first_line(error)}") from error

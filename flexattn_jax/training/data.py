@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import hashlib
 import os
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -21,6 +20,7 @@ import grain
 import numpy as np
 
 from flexattn_jax.config import ConfigError, VLMConfig
+from flexattn_jax.files import naming
 from flexattn_jax.inputs.batching import Batch, Buckets, Sample, make_batch
 from flexattn_jax.inputs.conversations import Conversation, ConversationError, tokenize_conversation, truncate
 from flexattn_jax.inputs.datasets.llava import Skipped
@@ -208,9 +208,10 @@ def split_off(count: int, held_out: int, seed: int) -> tuple[np.ndarray, np.ndar
 class BatchPlan:
     """How a source becomes batches.
 
-    batch_size: of all processes together; a multiple of `processes`.
+    batch_size: of all processes together.
     buckets: `text_lengths` are the static sizes of T without the picture's slots.
     answer_rows: ascending static sizes R.
+    places: of a batch, those whose samples this process makes (`Partition.rows`); None: all.
     """
 
     batch_size: int
@@ -218,12 +219,7 @@ class BatchPlan:
     answer_rows: tuple[int, ...]
     seed: int = 0
     window: int = 64
-    process: int = 0
-    processes: int = 1
-
-    def __post_init__(self):
-        if self.batch_size % self.processes:
-            raise ConfigError(f"batch_size {self.batch_size} is no multiple of the {self.processes} processes")
+    places: tuple[int, ...] | None = None
 
 
 class MadeBatch(NamedTuple):
@@ -261,6 +257,7 @@ class BatchSource:
           count: number of batches; None: one epoch, in the order of the samples (evaluation).
           threads: that decode the pictures of one batch.
         """
+        self.batch_size = plan.batch_size
         self._threads = concurrent.futures.ThreadPoolExecutor(threads, "decode")
         self._source, self._indices, self._config, self._plan = source, np.asarray(indices), config, plan
         self._positions = np.asarray(source.lengths.positions)[self._indices]
@@ -289,8 +286,7 @@ class BatchSource:
         """Raises BatchError for samples that do not fit the model."""
         length, readers = self.shapes(number)
         rows = self._rows(number)
-        share = self._plan.batch_size // self._plan.processes
-        local = rows[self._plan.process * share :][:share]
+        local = rows if self._plan.places is None else rows[list(self._plan.places)]
         made = list(self._threads.map(self._make, local))
         data = self._source.collate([sample for sample, _ in made], length, readers)
         skipped = tuple(fault for _, fault in made if fault is not None)
@@ -389,11 +385,12 @@ def _read_index(file: Path | None, digest: str, count: int) -> np.ndarray | None
         with np.load(file, allow_pickle=False) as stored:
             table = stored["lengths"]
             return table if str(stored["digest"]) == digest and table.shape == (count, 2) else None
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
-        return None  # absent, of other data, or damaged: it is made again
+    except Exception:  # absent, of other data, or damaged in a way that numpy or zipfile find: it is made again
+        return None
 
 
 def _write_index(file: Path, digest: str, table: np.ndarray) -> None:
     partial = file.with_suffix(f".{os.getpid()}.partial.npz")
-    np.savez(partial, digest=digest, lengths=table)
+    with naming(file):
+        np.savez(partial, digest=digest, lengths=table)
     partial.replace(file)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,22 +10,34 @@ from typing import Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from flexattn_jax.files import naming, parse_json, write_whole
+
 METRICS = "metrics.jsonl"
 SKIPPED = "skipped.jsonl"
+_OTHERS = "skipped.{}.jsonl"  # of a process that is not the first
 
 
 class RunLog:
-    """Logs of a workdir. A run that goes on from step k takes back what was logged of later steps."""
+    """Logs of a workdir. A run that goes on from step k takes back what was logged of later steps.
 
-    def __init__(self, workdir: Path, first_step: int):
-        self._metrics, self._skipped = workdir / METRICS, workdir / SKIPPED
-        _drop_later(self._metrics, first_step)
+    Of several processes the first logs; the others list only the samples that they could not use.
+    """
+
+    def __init__(self, workdir: Path, first_step: int, process: int = 0):
+        self._workdir, self._first = workdir, process == 0
+        self._metrics = workdir / METRICS
+        self._skipped = workdir / (SKIPPED if self._first else _OTHERS.format(process))
         _drop_later(self._skipped, first_step)  # for a last line that a kill cut short
-        self._known = {entry["sample"] for entry in _read_lines(self._skipped)}
-        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        self._known = _samples(self._skipped)
+        if self._first:
+            _drop_later(self._metrics, first_step)
+            purge = first_step + 1 if first_step else None
+            self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl and TensorBoard's scalars; a value that is not finite is null in the JSON."""
+        if not self._first:
+            return
         finite = {name: value if np.isfinite(value) else None for name, value in values.items()}
         _append(self._metrics, {"step": step} | finite)
         for name, value in finite.items():
@@ -35,7 +46,8 @@ class RunLog:
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """A picture (height, width, 3) uint8 for TensorBoard."""
-        self._writer.add_image(name, image, step, dataformats="HWC")
+        if self._first:
+            self._writer.add_image(name, image, step, dataformats="HWC")
 
     def skipped(self, sample: str, reason: str) -> None:
         """Lists a sample that cannot be used, once."""
@@ -45,12 +57,13 @@ class RunLog:
 
     @property
     def skipped_count(self) -> int:
-        """Samples listed so far, those of earlier runs in this workdir included."""
-        return len(self._known)
+        """Samples listed so far, those of earlier runs in this workdir and of other processes included."""
+        return len(self._known.union(*map(_samples, self._workdir.glob(_OTHERS.format("*")))))
 
     def close(self) -> None:
         """Flushes."""
-        self._writer.close()
+        if self._first:
+            self._writer.close()
 
 
 class Clock:
@@ -106,25 +119,27 @@ def _duration(seconds: float) -> str:
 
 
 def _append(file: Path, values: dict[str, Any]) -> None:
-    with file.open("a", encoding="utf-8") as stream:
+    with naming(file), file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(values, allow_nan=False) + "\n")
 
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:
     """The whole lines of a file; a last one that a kill cut short is left out."""
     entries = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+    for line in file.read_bytes().splitlines() if file.is_file() else ():
         try:
-            entries.append(json.loads(line))
+            entries.append(parse_json(line))
         except ValueError:
             continue
     return [entry for entry in entries if isinstance(entry, dict)]
 
 
+def _samples(file: Path) -> set[str]:
+    return {entry["sample"] for entry in _read_lines(file) if isinstance(entry.get("sample"), str)}
+
+
 def _drop_later(file: Path, step: int) -> None:
     if not file.is_file():
         return
-    kept = [entry for entry in _read_lines(file) if entry.get("step", 0) <= step]
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-    partial.replace(file)
+    kept = [entry for entry in _read_lines(file) if not isinstance(entry.get("step"), int) or entry["step"] <= step]
+    write_whole(file, "".join(json.dumps(entry) + "\n" for entry in kept))

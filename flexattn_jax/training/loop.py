@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from flexattn_jax.config import ConfigError
+from flexattn_jax.processes import Vote
 from flexattn_jax.training.checkpoints import Checkpointer
 from flexattn_jax.training.data import MadeBatch
 from flexattn_jax.training.logging import Clock, RunLog, console_line
@@ -57,7 +58,7 @@ class LoopConfig:
 
 
 class StopRequest:
-    """Whether SIGTERM has come, while the `with` block lasts; the loop then saves and ends."""
+    """Whether SIGTERM has come to this process, while the `with` block lasts; the loop then saves and ends."""
 
     def __init__(self):
         self.requested = False
@@ -80,6 +81,8 @@ class Run:
     step: (state, batch) -> (state, metrics), donating the state.
     evaluate: (state, step) -> mean loss on the held-out samples, or None without any.
     flops: (T, R) -> operations of a step as a share of the devices' peak a second; None where that is not known.
+    place: host arrays of a batch to the arrays that `step` takes.
+    vote: how several processes agree to stop; None: this is the only one.
     """
 
     config: LoopConfig
@@ -92,6 +95,8 @@ class Run:
     log: RunLog
     workdir: Path
     say: Callable[[str], None]
+    place: Callable[[Any], Any] = jax.device_put
+    vote: Vote | None = None
 
 
 def train(run: Run, state: TrainState, batches: Any, stop: StopRequest) -> tuple[TrainState, bool]:
@@ -112,7 +117,9 @@ def train(run: Run, state: TrainState, batches: Any, stop: StopRequest) -> tuple
     profile = _Profile(config.profiled, run.workdir / "profile")
     previous: dict[str, jax.Array] | None = None
     for number in range(first, run.total_steps):
-        if stop.requested and number == first:
+        # Asked before the step and read after it has been sent off, so that no device waits for the answer.
+        asked = run.vote.cast(stop.requested) if run.vote is not None else None
+        if number == first and (stop.requested if asked is None else bool(asked)):
             run.say("stopped before the first step; nothing new to save")
             return state, False
         profile.at(number)
@@ -120,7 +127,7 @@ def train(run: Run, state: TrainState, batches: Any, stop: StopRequest) -> tuple
         for sample, reason in made.skipped:
             run.log.skipped(sample, reason)
         began = time.perf_counter()
-        state, metrics = run.step(state, jax.device_put(made.data))
+        state, metrics = run.step(state, run.place(made.data))
         if made.shape in seen:
             clock.add(made.tokens)
         else:
@@ -144,11 +151,12 @@ def train(run: Run, state: TrainState, batches: Any, stop: StopRequest) -> tuple
             if loss is not None:
                 run.log.scalars(done, {"eval_loss": loss})
                 run.say(f"step {done}/{run.total_steps}  evaluation loss {loss:.4f}")
-        if last or stop.requested or done % config.save_every == 0:
+        stopping = stop.requested if asked is None else bool(asked)
+        if last or stopping or done % config.save_every == 0:
             run.checkpointer.save(done, state, batches.get_state(), loss if _finite(loss) else None)
         run.checkpointer.poll()
         clock.pause(time.perf_counter() - began)
-        if stop.requested and not last:
+        if stopping and not last:
             run.checkpointer.wait()
             run.say(f"stopped as asked after step {done}; the state is saved, the same command goes on from there")
             profile.stop()
@@ -212,12 +220,13 @@ def mean_loss(
     state: TrainState,
     batches: Iterator[MadeBatch],
     log: RunLog,
+    place: Callable[[Any], Any] = jax.device_put,
 ) -> float:
     """Mean loss over the answer tokens of all batches; NaN if there are none."""
     total = tokens = 0.0
     for made in batches:
         for sample, reason in made.skipped:
             log.skipped(sample, reason)
-        loss, count = eval_step(state, jax.device_put(made.data))
+        loss, count = eval_step(state, place(made.data))
         total, tokens = total + float(loss), tokens + float(count)
     return total / tokens if tokens else float("nan")

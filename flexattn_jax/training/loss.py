@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,11 @@ import optax
 
 from flexattn_jax.inputs.batching import Batch, text_places
 from flexattn_jax.models.vlm import VLM
+from flexattn_jax.ops.attention import MASKED
+from flexattn_jax.partitioning import constrain
 
 IGNORED = -100  # label of a token that no loss is taken on
+LOGITS_AT_ONCE = 1 << 22  # of a sample, in training
 
 
 def expand_labels(
@@ -81,7 +85,7 @@ def next_token_loss(
     alpha: jax.Array | None = None,
     key: jax.Array | None = None,
     capture: bool = False,
-) -> tuple[jax.Array, tuple[jax.Array, dict]]:
+) -> tuple[jax.Array, dict]:
     """Mean cross-entropy over all answer tokens of the batch.
 
     Args:
@@ -92,10 +96,86 @@ def next_token_loss(
       key: of what is random in this step, see `VLM.__call__`; None in evaluation.
 
     Returns:
-      The loss (), and the logits (B, T, V) with the model's named intermediates.
+      The loss (), and the model's named intermediates; with capture also `logits` (B, T, V) float32.
     """
-    logits, named = model.apply({"params": params}, batch, None, readers, alpha, key, capture=capture)
+    variables = {"params": params}
+    hidden, named = model.apply(variables, batch, None, readers, alpha, key, capture=capture, method=VLM.hidden_states)
     targets = labels[:, 1:]
     counted = targets != IGNORED
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], jnp.where(counted, targets, 0))
-    return jnp.where(counted, losses, 0).sum() / jnp.maximum(counted.sum(), 1), (logits, named)
+    head = model.apply(variables, method=VLM.head)
+    losses = cross_entropy(hidden[:, :-1], head, jnp.where(counted, targets, 0))
+    if capture:
+        named["logits"] = model.apply(variables, hidden, method=VLM.logits)
+    return jnp.where(counted, losses, 0).sum() / jnp.maximum(counted.sum(), 1), named
+
+
+def cross_entropy(hidden: jax.Array, head: jax.Array, targets: jax.Array, at_once: int = LOGITS_AT_ONCE) -> jax.Array:
+    """Cross-entropy of each position, float32; logits (B, T, V) never exist where they are many.
+
+    The vocabulary is taken in equal parts, one after the other, forward for the sum of exponentials and backward, from
+    the same logits computed again, for the gradient. The same numbers as all at once, but for the order of sums.
+
+    Args:
+      hidden: (B, T, D), after the final norm.
+      head: (V, D), in the type of hidden.
+      targets: (B, T) int32.
+      at_once: logits of a sample that may exist.
+
+    Returns:
+      (B, T) float32.
+    """
+    parts = -(-hidden.shape[1] * head.shape[0] // at_once)
+    if parts == 1:
+        logits = constrain((hidden @ head.T).astype(jnp.float32), "batch", None, "vocab")
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return _in_parts(hidden, head, targets, parts)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _in_parts(hidden: jax.Array, head: jax.Array, targets: jax.Array, parts: int) -> jax.Array:
+    return _in_parts_forward(hidden, head, targets, parts)[0]
+
+
+def _in_parts_forward(hidden, head, targets, parts):
+    def add(carry, part):
+        top, total, found = carry
+        logits, hit = _part_logits(hidden, targets, parts, head.shape[0], *part)
+        higher = jnp.maximum(top, logits.max(axis=-1))
+        total = total * jnp.exp(top - higher) + jnp.exp(logits - higher[..., None]).sum(axis=-1)
+        return (higher, total, found + jnp.where(hit, logits, 0).sum(axis=-1)), None
+
+    zeros = jnp.zeros(targets.shape, jnp.float32)
+    (top, total, found), _ = jax.lax.scan(add, (zeros + MASKED, zeros, zeros), _cut_head(head, parts))
+    lse = top + jnp.log(total)
+    return lse - found, (hidden, head, targets, lse)
+
+
+def _in_parts_backward(parts, kept, gradient):
+    hidden, head, targets, lse = kept
+
+    def add(into_hidden, part):
+        logits, hit = _part_logits(hidden, targets, parts, head.shape[0], *part)
+        slope = ((jnp.exp(logits - lse[..., None]) - hit) * gradient[..., None]).astype(hidden.dtype)
+        into_hidden += jnp.einsum("btv,vd->btd", slope, part[1], preferred_element_type=jnp.float32)
+        return into_hidden, jnp.einsum("btv,btd->vd", slope, hidden)
+
+    zeros = jnp.zeros(hidden.shape, jnp.float32)
+    into_hidden, into_head = jax.lax.scan(add, zeros, _cut_head(head, parts))
+    into_head = into_head.swapaxes(0, 1).reshape(-1, head.shape[1])[: head.shape[0]]
+    return into_hidden.astype(hidden.dtype), into_head, None
+
+
+_in_parts.defvjp(_in_parts_forward, _in_parts_backward)
+
+
+def _cut_head(head: jax.Array, parts: int) -> tuple[jax.Array, jax.Array]:
+    """Numbers of the parts and their rows (parts, V / parts, D), every parts-th one: each device cuts what it has."""
+    rows = jnp.pad(head, ((0, -len(head) % parts), (0, 0))).reshape(-1, parts, head.shape[1]).swapaxes(0, 1)
+    return jnp.arange(parts), constrain(rows, None, "vocab", None)
+
+
+def _part_logits(hidden, targets, parts, vocabulary, number, rows):
+    """Logits (B, T, V / parts) float32 of a part, padding MASKED, and where they are the targets'."""
+    logits = constrain((hidden @ rows.T).astype(jnp.float32), "batch", None, "vocab")
+    names = jnp.arange(len(rows)) * parts + number
+    return jnp.where(names < vocabulary, logits, MASKED), names == targets[..., None]

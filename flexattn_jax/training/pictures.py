@@ -5,25 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flexattn_jax.config import VLMConfig
 from flexattn_jax.models.vlm import VLM
+from flexattn_jax.partitioning import Partition
 from flexattn_jax.training.data import TrainBatch
 
 SIDE = 224  # pixels of one picture in the strip
 _DIMMED = 0.3  # brightness of what is not read
 
 
-def make_selection(model: VLM) -> Callable[[dict, TrainBatch], jax.Array]:
+def make_selection(model: VLM, partition: Partition) -> Callable[[dict, TrainBatch], jax.Array]:
     """A jitted (params, batch) -> (layers, B, C) bool: cells that each sample's first answer row reads."""
 
     def selection(params: dict, batch: TrainBatch) -> jax.Array:
         _, named = model.apply({"params": params}, batch.batch, None, batch.readers)
         return named["cells"][:-1, :, 0]
 
-    return jax.jit(selection)
+    return jax.jit(partition.traced(selection), out_shardings=partition.replicated)
 
 
 def draw_selection(pixels: np.ndarray, cells: np.ndarray, config: VLMConfig) -> np.ndarray:
@@ -52,4 +52,4 @@ def first_with_pictures(batch: TrainBatch, count: int) -> TrainBatch:
     """The first rows that have a picture and an answer, at most `count`."""
     length = batch.labels.shape[1]
     rows = np.flatnonzero((batch.batch.image_start >= 0) & (batch.readers < length).any(axis=1))[:count]
-    return jax.tree.map(lambda x: jnp.asarray(x)[rows], batch)
+    return jax.tree.map(lambda x: np.asarray(x)[rows], batch)

@@ -18,13 +18,17 @@ from rich.progress import track
 
 from flexattn_jax.checkpoints.errors import CheckpointError
 from flexattn_jax.checkpoints.store import save_model
+from flexattn_jax.checkpoints.trees import param_shapes
 from flexattn_jax.config import ConfigError, VLMConfig, dotted, from_dict
+from flexattn_jax.files import FileError, read_json, write_whole
 from flexattn_jax.inputs.batching import BatchError, Buckets
 from flexattn_jax.inputs.conversations import ConversationError
 from flexattn_jax.inputs.datasets.llava import HOMES, Skipped, read_llava
 from flexattn_jax.inputs.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from flexattn_jax.models.flops import peak_flops, step_flops
 from flexattn_jax.models.vlm import VLM
+from flexattn_jax.partitioning import Partition, PartitionConfig, make_partition, with_shardings
+from flexattn_jax.processes import ProcessFault, Vote, check_shared, is_first, on_first, together
 from flexattn_jax.training.checkpoints import Checkpointer, CheckpointFault
 from flexattn_jax.training.data import (
     BatchPlan,
@@ -38,7 +42,7 @@ from flexattn_jax.training.logging import SKIPPED, RunLog
 from flexattn_jax.training.loop import LoopConfig, Run, StopRequest, TrainingFault, mean_loss, train
 from flexattn_jax.training.optimizer import OptimizerConfig, build_optimizer
 from flexattn_jax.training.pictures import draw_selection, first_with_pictures, make_selection
-from flexattn_jax.training.start import Start, StartConfig, open_start, param_shapes
+from flexattn_jax.training.start import Start, StartConfig, open_start
 from flexattn_jax.training.state import TrainState, create_state
 from flexattn_jax.training.step import LossFn, alpha_ramp, make_eval_step, make_train_step, vlm_loss
 
@@ -54,6 +58,7 @@ USER_ERRORS = (
     ConfigError,
     TokenizerError,
     BatchError,
+    ProcessFault,
 )
 
 
@@ -108,13 +113,14 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """What is learned depends on all of this but `loop` and the exports."""
+    """What is learned depends on all of this but `loop`, `partition` and the exports."""
 
     start: StartConfig
     data: DataConfig
     optimizer: OptimizerConfig
     loop: LoopConfig
-    batch_size: int = 384  # samples a step
+    partition: PartitionConfig = dataclasses.field(default_factory=PartitionConfig)
+    batch_size: int = 384  # samples a step, on all devices together
     accumulation: int = 1  # parts of a step's batch, one after the other in memory
     epochs: float = 1.0
     seed: int = 0
@@ -137,14 +143,15 @@ class RunConfig:
 
 def run_llava(settings: Mapping[str, Any], workdir: str | Path) -> Path:
     """Trains on conversations in LLaVA's format; `settings` are those of configs/train_llava.py."""
-    settings = {name: dict(v) if isinstance(v, Mapping) else v for name, v in settings.items()}
-    own = {name: settings["data"].pop(name) for name in ("conversations", "pictures", "max_length")}
+    own = {name: settings["data"][name] for name in ("conversations", "pictures", "max_length", "follow_links")}
+    sizes = {name: value for name, value in settings["data"].items() if name not in own}
+    settings = {name: settings[name] for name in settings} | {"data": sizes}
     for name in ("conversations", "pictures"):
         if not own[name]:
             raise ConversationError(f"--config.data.{name} is not given; {HOMES}")
 
     def make_data(tokenizer: Tokenizer, start: Start, folder: Path) -> Data:
-        conversations, skipped = read_llava(own["conversations"], own["pictures"])
+        conversations, skipped = read_llava(own["conversations"], own["pictures"], own["follow_links"])
         progress = functools.partial(track, description=f"tokenising {len(conversations)} conversations")
         source = ConversationSource(
             conversations,
@@ -191,7 +198,7 @@ def run_training(
     overrides = dotted(settings.pop("model", {}))
     config: RunConfig = from_dict(settings, RunConfig)
     workdir = Path(workdir)
-    with StopRequest() as stop, _locked(workdir):
+    with StopRequest() as stop, together(USER_ERRORS), _locked(workdir):
         start = open_start(config.start, overrides, config.seed)
         tokenizer = load_tokenizer(start.tokenizer)
         data = make_data(tokenizer, start, workdir)
@@ -200,9 +207,10 @@ def run_training(
             raise ConversationError(f"no sample can be used; the first reason: {reason}")
         digest = data.train.digest
         identity = dataclasses.asdict(config) | {"model": overrides, "also": dict(also or {}), "digest": digest}
-        for name in ("loop", "export", "export_dtype"):  # nothing that is learned depends on them
+        for name in ("loop", "partition", "export", "export_dtype"):  # nothing that is learned depends on them
             del identity[name]
-        _claim(workdir, identity)
+        on_first(lambda: _claim(workdir, identity))
+        check_shared(workdir, RUN)
         return _run(config, start, data, make_task(VLM(start.config)), workdir, stop)
 
 
@@ -223,70 +231,101 @@ def _run(config: RunConfig, start: Start, data: Data, task: Task, workdir: Path,
     steps_per_epoch = -(-len(train_rows) // config.batch_size)
     total = max(1, round(config.epochs * steps_per_epoch))
     buckets = Buckets(text_lengths=config.data.text_lengths)
+    size = config.batch_size // config.accumulation
+    partition = make_partition(config.partition, samples=size)
     plan = BatchPlan(config.batch_size, buckets, config.data.answer_rows, config.seed, config.data.window)
+    plan = dataclasses.replace(plan, places=partition.rows(config.batch_size))
     train_source = BatchSource(source, train_rows, vlm, plan, total, loop.threads)
-    part = dataclasses.replace(plan, batch_size=config.batch_size // config.accumulation)
+    part = dataclasses.replace(plan, batch_size=size, places=partition.rows(size))
     eval_source = BatchSource(held_out, eval_rows, vlm, part, threads=loop.threads)
+    shown = BatchSource(held_out, eval_rows, vlm, dataclasses.replace(part, places=None), threads=loop.threads)
 
     optimizer = build_optimizer(config.optimizer, total)
     create = functools.partial(create_state, config=config.optimizer, optimizer=optimizer, seed=config.seed)
+    like = jax.eval_shape(create, param_shapes(vlm) | task.extra(config.seed))
+    shardings = partition.state_shardings(like)
     checkpointer = Checkpointer(workdir, loop.keep, _say)
     log = None
     try:
-        batches = make_iterator(train_source, loop.read_ahead)
-        newest = checkpointer.latest_step
-        if newest is None:
-            state = jax.jit(create, donate_argnums=0)(start.params() | task.extra(config.seed))
-        else:
-            like = _shapes(jax.eval_shape(create, param_shapes(vlm) | task.extra(config.seed)))
-            state, place = checkpointer.restore(newest, like)
-            batches.set_state(place)
-            _say(f"going on from the checkpoint of step {newest} in {workdir}")
-        log = RunLog(workdir, int(state.step))
-        for name, reason in data.skipped:
-            log.skipped(name, reason)
-        _say(
-            f"{len(train_rows)} samples to train on, {len(eval_rows)} to evaluate on, "
-            f"{log.skipped_count} cannot be used" + (f", see {workdir / SKIPPED}" if log.skipped_count else "")
-        )
-        _say(f"{_count(state.trained)} of {_count(state.params)} parameters are trained")
-        _say(f"{total} steps, {steps_per_epoch} an epoch")
-        warmup = vlm.flexattention.warmup if vlm.reads_highres else 0.0
-        alpha = alpha_ramp(warmup, steps_per_epoch)
-        step = make_train_step(task.loss_fn, optimizer, alpha, config.accumulation, config.optimizer.ema_decay)
-        run = Run(
-            config=loop,
-            total_steps=total,
-            steps_per_epoch=steps_per_epoch,
-            step=step,
-            evaluate=_evaluation(task, vlm, eval_source, loop, log),
-            flops=_flops(vlm, config, state),
-            checkpointer=checkpointer,
-            log=log,
-            workdir=workdir,
-            say=_say,
-        )
-        state, finished = train(run, state, batches, stop)
-        if not finished:
-            raise SystemExit(0)
-        if log.skipped_count:
-            _say(f"{log.skipped_count} samples were left out; {workdir / SKIPPED} lists them")
-        return _export(config, start, state, checkpointer, workdir)
+        with together(USER_ERRORS):  # before what follows, which would wait for processes that are gone
+            batches = make_iterator(train_source, loop.read_ahead)
+            newest = checkpointer.latest_step
+            if newest is None:
+                params = start.params(partition) | task.extra(config.seed)
+                state = jax.jit(create, donate_argnums=0, out_shardings=shardings)(params)
+                del params
+            else:
+                state, place = checkpointer.restore(newest, with_shardings(like, shardings))
+                batches.set_state(place)
+                _say(f"going on from the checkpoint of step {newest} in {workdir}")
+            log = RunLog(workdir, int(state.step), jax.process_index())
+            for name, reason in data.skipped if is_first() else ():
+                log.skipped(name, reason)
+            _say(
+                f"{len(train_rows)} samples to train on, {len(eval_rows)} to evaluate on, "
+                f"{log.skipped_count} cannot be used" + (f", see {workdir / SKIPPED}" if log.skipped_count else "")
+            )
+            _say(f"{_count(state.trained)} of {_count(state.params)} parameters are trained")
+            _say(f"{total} steps, {steps_per_epoch} an epoch")
+            if partition.mesh.size > 1:
+                mesh = ", ".join(f"{axis} {size}" for axis, size in partition.mesh.shape.items())
+                _say(f"{partition.mesh.size} devices of {jax.process_count()} processes: {mesh}")
+            warmup = vlm.flexattention.warmup if vlm.reads_highres else 0.0
+            alpha = alpha_ramp(warmup, steps_per_epoch)
+            step = make_train_step(
+                task.loss_fn,
+                optimizer,
+                alpha,
+                config.accumulation,
+                config.optimizer.ema_decay,
+                partition,
+                shardings,
+            )
+            run = Run(
+                config=loop,
+                total_steps=total,
+                steps_per_epoch=steps_per_epoch,
+                step=step,
+                evaluate=_evaluation(task, vlm, eval_source, shown, partition, loop, log),
+                flops=_flops(vlm, config, state),
+                checkpointer=checkpointer,
+                log=log,
+                workdir=workdir,
+                say=_say,
+                place=functools.partial(partition.place_batch, samples=config.batch_size),
+                vote=Vote(partition) if jax.process_count() > 1 else None,
+            )
+            state, finished = train(run, state, batches, stop)
+            if not finished:
+                raise SystemExit(0)
+            if log.skipped_count:
+                _say(f"{log.skipped_count} samples were left out; {workdir / SKIPPED} lists them")
+            return _export(config, start, state, shardings, checkpointer, workdir)
     finally:
         if log is not None:
             log.close()
         checkpointer.close()
 
 
-def _evaluation(task: Task, config: VLMConfig, source: BatchSource, loop: LoopConfig, log: RunLog) -> Callable:
-    eval_step, selection = make_eval_step(task.loss_fn), make_selection(VLM(config))
+def _evaluation(
+    task: Task,
+    config: VLMConfig,
+    source: BatchSource,
+    shown: BatchSource,
+    partition: Partition,
+    loop: LoopConfig,
+    log: RunLog,
+) -> Callable:
+    """What `Run.evaluate` is: `source` makes this process's share of the batches, `shown` whole ones to draw."""
+    eval_step, selection = make_eval_step(task.loss_fn, partition), make_selection(VLM(config), partition)
+    place = functools.partial(partition.place_batch, samples=source.batch_size)
 
     def evaluate(state: TrainState, step: int) -> float | None:
         if not len(source):
             return None
-        loss = mean_loss(eval_step, state, make_iterator(source, loop.read_ahead), log)
+        loss = mean_loss(eval_step, state, make_iterator(source, loop.read_ahead), log, place)
         if loop.pictures and not task.trains_tower and config.reads_highres:
-            batch = first_with_pictures(source[0].data, loop.pictures)
+            batch = first_with_pictures(shown[0].data, loop.pictures)
             if batch.labels.shape[0]:
                 cells = np.asarray(selection(state.averaged_params, batch))
                 for row, pixels in enumerate(np.asarray(batch.batch.pixels)):
@@ -296,10 +335,17 @@ def _evaluation(task: Task, config: VLMConfig, source: BatchSource, loop: LoopCo
     return evaluate
 
 
-def _export(config: RunConfig, start: Start, state: TrainState, checkpointer: Checkpointer, workdir: Path) -> Path:
+def _export(
+    config: RunConfig,
+    start: Start,
+    state: TrainState,
+    shardings: TrainState,
+    checkpointer: Checkpointer,
+    workdir: Path,
+) -> Path:
     best = checkpointer.best_step
     if config.export == "best" and best is not None and best != int(state.step):
-        state, _ = checkpointer.restore(best, _shapes(state))
+        state, _ = checkpointer.restore(best, with_shardings(state, shardings))
         _say(f"the checkpoint of step {best} has the lowest evaluation loss and is taken")
     dtype = config.export_dtype
     learned = {name: part for name, part in state.averaged_params.items() if name in param_shapes(start.config)}
@@ -307,6 +353,7 @@ def _export(config: RunConfig, start: Start, state: TrainState, checkpointer: Ch
     save_model(
         workdir / MODEL, dataclasses.replace(start.config, dtype=dtype, remat="none"), params, like=start.tokenizer
     )
+    on_first(lambda: None)  # nobody ends before the first process has written what all gave it
     _say(f"trained for {int(state.step)} steps; the model is in {workdir / MODEL}")
     return workdir / MODEL
 
@@ -320,22 +367,21 @@ def _flops(vlm: VLMConfig, config: RunConfig, state: TrainState) -> Callable[[in
     return lambda length, rows: step_flops(vlm, config.batch_size, length, rows, trains_decoder) / (peak * len(devices))
 
 
-def _shapes(tree: Any) -> Any:
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
-
-
 def _count(tree: Any) -> str:
     return f"{sum(leaf.size for leaf in jax.tree.leaves(tree)):,}"
 
 
 def _say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+    if is_first():
+        print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 
 @contextlib.contextmanager
 def _locked(workdir: Path) -> Iterator[None]:
-    """Holds a workdir for one run."""
+    """Holds a workdir for one run; of several processes the first does."""
+    if not is_first():
+        yield
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = (workdir / ".lock").open("w")
@@ -350,17 +396,21 @@ def _locked(workdir: Path) -> Iterator[None]:
 
 
 def _claim(workdir: Path, identity: dict[str, Any]) -> None:
-    """Writes run.json, or checks that the run there is this one."""
+    """Writes run.json, or checks that the run there is this one and that nothing there is of none."""
     file = workdir / RUN
     identity = json.loads(json.dumps(identity))
-    if not file.is_file():
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(identity, indent=1) + "\n")
-        partial.replace(file)
-        return
     try:
-        before = dotted(json.loads(file.read_bytes()))
-    except (ValueError, AttributeError):
+        before = dotted(read_json(file))
+    except FileNotFoundError:
+        others = [name for name in ("checkpoints", MODEL) if (workdir / name).exists()]
+        if others:
+            raise TrainingFault(
+                f"{workdir} has {' and '.join(others)} in it and no {RUN}, so they are of another program or run and "
+                "would be replaced; give another --workdir"
+            ) from None
+        write_whole(file, json.dumps(identity, indent=1) + "\n")
+        return
+    except (FileError, AttributeError):
         raise TrainingFault(f"{file} is damaged; give another --workdir to begin afresh") from None
     now = dotted(identity)
     changed = [

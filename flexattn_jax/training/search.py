@@ -13,11 +13,11 @@ from flexattn_jax.config import VLMConfig
 from flexattn_jax.inputs.batching import Buckets, Sample
 from flexattn_jax.inputs.conversations import Turn, pack_turns
 from flexattn_jax.inputs.datasets.vsearch import decode_example
-from flexattn_jax.inputs.datasets.vsearch_examples import Example, caption
-from flexattn_jax.inputs.datasets.vsearch_scenes import COLOURS
+from flexattn_jax.inputs.datasets.vsearch_examples import COLUMNS, Example, caption, columns
 from flexattn_jax.inputs.images import preprocess
 from flexattn_jax.inputs.prompts import IMAGE_TAG
 from flexattn_jax.inputs.tokenizer import Tokenizer
+from flexattn_jax.inputs.word_tokenizer import SAID
 from flexattn_jax.training.data import Lengths, TrainBatch, TrainSample, collate
 
 _NAMED = 3  # objects in a caption
@@ -33,25 +33,29 @@ class SearchSource:
         config: VLMConfig,
         digest: str,
         captions: int = 0,
+        columns: int = 0,
         questions: bool = True,
     ):
         """
         Args:
           rows: of `load_vsearch`.
           digest: a name for their content.
-          captions: of each picture, beside its questions. Their loss is taken on colours alone: nothing tells which
-            objects are named, and in which order.
+          captions: of each picture, beside its questions: objects with their colours. Their loss is taken on colours
+            alone: nothing tells which objects are named, and in which order.
+          columns: captions with the objects' columns in place of their colours.
           questions: whether the data set's are learned.
         """
         self._rows, self._config = rows, config
-        colours = [index for colour in COLOURS for index in tokenizer.encode(colour)]
-        self._texts = [_pack(tokenizer, decode_example(row), captions, questions, colours) for row in rows]
+        seen = [index for words in (*SAID, *COLUMNS) for index in tokenizer.encode(words)]
+        counts = captions, columns
+        self._texts = [_pack(tokenizer, decode_example(row), counts, questions, seen) for row in rows]
         slots = config.num_slots
         self.lengths = Lengths(
             np.array([_positions(segments, slots) for _, segments, _ in self._texts], np.int32),
             np.array([learned.sum() for _, _, learned in self._texts], np.int32),
         )
-        self.digest = hashlib.sha256(f"{digest} {[ids.tolist() for ids, _, _ in self._texts]}".encode()).hexdigest()
+        texts = [(ids.tolist(), np.flatnonzero(learned).tolist()) for ids, _, learned in self._texts]
+        self.digest = hashlib.sha256(f"{digest} {texts}".encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -83,14 +87,21 @@ def _positions(segments: np.ndarray, slots: int) -> int:
 
 
 def _pack(
-    tokenizer: Tokenizer, example: Example, captions: int, questions: bool, colours: Sequence[int]
+    tokenizer: Tokenizer, example: Example, captions: tuple[int, int], questions: bool, seen: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Questions with their answers, and captions, drawn by the picture's name, as `pack_turns` gives them."""
+    """Questions with their answers, and captions of colours and of columns, drawn by the picture's name.
+
+    As `pack_turns` gives them. The answer of the first question of each form is learned whole; of the others, the
+    tokens `seen`, what has to be seen: all else stands in the question, and would outweigh it.
+    """
     asked = example.questions if questions else ()
     texts = [(q.question, q.options[q.answer]) for q in asked]
     rng = np.random.default_rng(zlib.crc32(example.id.encode()))
-    for _ in range(captions):
-        named = rng.permutation(len(example.objects))[:_NAMED]
-        texts.append(caption([example.objects[k] for k in named]))
+    side = example.picture().width if captions[1] else 0
+    for number in range(sum(captions)):
+        named = [example.objects[k] for k in rng.permutation(len(example.objects))[:_NAMED]]
+        texts.append(caption(named) if number < captions[0] else columns(named, side))
     ids, segments, learned = pack_turns(tokenizer, [Turn(f"{IMAGE_TAG}\n{demand}", answer) for demand, answer in texts])
-    return ids, segments, learned & ((segments <= len(asked)) | np.isin(ids, colours))
+    forms = [q.form for q in asked]
+    whole = np.isin(segments, [1 + forms.index(form) for form in set(forms)])
+    return ids, segments, learned & (whole | np.isin(ids, seen))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flexattn_jax.config import ConfigError, from_dict
-from flexattn_jax.inputs.datasets.vsearch import PRESETS, default_data_dir, load_vsearch
+from flexattn_jax.inputs.datasets.vsearch import PRESETS, content_name, default_data_dir, load_vsearch
 from flexattn_jax.inputs.tokenizer import Tokenizer
 from flexattn_jax.inputs.word_tokenizer import write_word_tokenizer
 from flexattn_jax.models.vlm import VLM
@@ -16,7 +16,7 @@ from flexattn_jax.training.run import Data, Task, run_training, vlm_task
 from flexattn_jax.training.search import SearchSource
 from flexattn_jax.training.start import Start
 from flexattn_jax.training.tower import TowerConfig, TowerSource, probe_params, tower_loss
-from flexattn_jax.training.views import joined, keep_views
+from flexattn_jax.training.views import VIEWS, joined, keep_views
 
 STAGES = ("tower", "answers")
 
@@ -28,7 +28,8 @@ class SearchData:
     presets: tuple[str, ...] = ("standard", "crowded")  # of vsearch
     pictures: int = 8000  # of each, of the split `train`
     questions: bool = True  # the data set's
-    captions: int = 0  # of a picture, beside its questions; stage "answers"
+    captions: int = 0  # of a picture's colours, beside its questions; stage "answers"
+    columns: int = 0  # captions of where things are; stage "answers"
     seed: int = 0
     data_dir: str = ""  # where they are drawn to; "": the user's data folder
     keep_views: bool = True  # see every picture once and keep what the frozen tower saw; stage "answers"
@@ -37,24 +38,29 @@ class SearchData:
         unknown = [name for name in self.presets if name not in PRESETS]
         if unknown or not self.presets or len(set(self.presets)) != len(self.presets):
             raise ConfigError(f"data.presets is {self.presets}; name some of {', '.join(PRESETS)}, each once")
-        if self.captions < (0 if self.questions else 1):
-            raise ConfigError(f"data.captions is {self.captions}; it must be at least 1 where no question is learned")
+        if min(self.captions, self.columns) < 0 or not (self.questions or self.captions or self.columns):
+            raise ConfigError(
+                f"data.captions is {self.captions} and data.columns {self.columns}; neither can be below 0, and where "
+                "no question is learned one of them must be above"
+            )
 
 
 def run_search(settings: Mapping[str, Any], workdir: str | Path) -> Path:
     """Trains on vsearch; `settings` are those of configs/train_mini.py."""
-    settings = {name: dict(v) if isinstance(v, Mapping) else v for name, v in settings.items()}
-    stage = settings.pop("stage")
+    stage, names = settings["stage"], {field.name for field in dataclasses.fields(SearchData)}
     if stage not in STAGES:
         raise ConfigError(f"stage is {stage!r}; it must be one of {', '.join(STAGES)}")
-    names = {field.name for field in dataclasses.fields(SearchData)}
-    own = from_dict({name: settings["data"].pop(name) for name in names}, SearchData, "data.")
-    tower = from_dict(settings.pop("tower"), TowerConfig, "tower.")
-    _check_start(stage, settings["start"])
+    data, start = dict(settings["data"]), dict(settings["start"])
+    own = from_dict({name: data.pop(name) for name in names & data.keys()}, SearchData, "data.")
+    tower = from_dict(settings["tower"], TowerConfig, "tower.")
+    _check_start(stage, start)
+    settings = {name: v for name, v in settings.items() if name not in ("stage", "tower")}
+    settings |= {"data": data, "start": start}
     folder = Path(own.data_dir).expanduser() if own.data_dir else default_data_dir()
     if not settings["start"]["checkpoint"] and not settings["start"]["tokenizer"]:
         settings["start"]["tokenizer"] = str(Path(workdir) / "tokenizer")
-        write_word_tokenizer(settings["start"]["tokenizer"])
+        if not (Path(settings["start"]["tokenizer"]) / "tokenizer.json").is_file():
+            write_word_tokenizer(settings["start"]["tokenizer"])
 
     def make_data(tokenizer: Tokenizer, start: Start, _: Path) -> Data:
         train, held_out = [], []
@@ -63,14 +69,15 @@ def run_search(settings: Mapping[str, Any], workdir: str | Path) -> Path:
         for sources, split, pictures in ((train, "train", own.pictures), (held_out, "validation", None)):
             for name in own.presets:
                 rows = load_vsearch(folder, name, split, own.seed, pictures)
-                digest = f"{PRESETS[name].name} {split} {own.seed} {len(rows)}"
+                digest = content_name(name, split, own.seed, len(rows))
                 if stage == "tower":
                     most = max(PRESETS[preset].num_objects[1] for preset in own.presets)
                     sources.append(TowerSource(rows, start.config, most, digest))
                 else:
-                    source = SearchSource(rows, tokenizer, start.config, digest, own.captions, own.questions)
+                    texts = own.captions, own.columns, own.questions
+                    source = SearchSource(rows, tokenizer, start.config, digest, *texts)
                     if sources is train and kept:
-                        source = keep_views(source, digest, start.config, vision, folder / "views")
+                        source = keep_views(source, digest, start.config, vision, folder / VIEWS)
                     sources.append(source)
         return Data(joined(train), joined(held_out))
 
@@ -90,8 +97,8 @@ def _check_start(stage: str, start: Mapping[str, Any]) -> None:
     if stage == "tower" or (Path(checkpoint).exists() if checkpoint else start["preset"]):
         return
     missing = f"{checkpoint} does not exist" if checkpoint else "--config.start.checkpoint is not given"
-    before = "tower" if start["redraw"] else "lowres" if start["copy_projections"] else "captions"
     raise ConfigError(
-        f"{missing}; this stage begins with DIR/model of `python train.py --config=configs/train_mini.py:{before} "
-        "--workdir=DIR`"
+        f"{missing}; this stage begins with DIR/model of the one before it, see configs/train_mini.py: "
+        "`python train.py --config=configs/train_mini.py:tower --workdir=DIR` makes the first, and `python "
+        "tools/mini_study.py --out=DIR --arms=flex --train` all that there are"
     )

@@ -15,8 +15,9 @@ from flexattn_jax.checkpoints import layouts
 from flexattn_jax.checkpoints.errors import CheckpointError
 from flexattn_jax.checkpoints.source import SourceCheckpoint, open_source
 from flexattn_jax.checkpoints.store import open_checkpoint
-from flexattn_jax.checkpoints.trees import flatten, nest, unstack_layers
+from flexattn_jax.checkpoints.trees import flatten, nest, param_shapes, unstack_layers
 from flexattn_jax.config import ConfigError, VLMConfig, override, preset
+from flexattn_jax.partitioning import Partition
 from flexattn_jax.training.state import draw_params
 
 
@@ -41,12 +42,13 @@ class Start:
 
     config: of the model, `dtype` that of the computation.
     tokenizer: folder.
-    params: reads or draws the float32 parameters; called only if the run does not go on from its own checkpoint.
+    params: reads or draws the float32 parameters, put straight where a partition says (None: on one device); called
+      only if the run does not go on from its own checkpoint.
     """
 
     config: VLMConfig
     tokenizer: Path
-    params: Callable[[], dict[str, Any]]
+    params: Callable[[Partition | None], dict[str, Any]]
 
 
 def open_start(start: StartConfig, overrides: Mapping[str, Any], seed: int) -> Start:
@@ -72,7 +74,9 @@ def open_start(start: StartConfig, overrides: Mapping[str, Any], seed: int) -> S
         return Start(
             config,
             Path(start.tokenizer),
-            lambda: _arranged(draw_params(config, seed, start.draw_by_width), config, start),
+            lambda partition=None: _arranged(
+                _placed(draw_params(config, seed, start.draw_by_width), partition), config, start
+            ),
         )
     opened = open_checkpoint(start.checkpoint, start.vision_tower or None)
     if start.read_highres and opened.config.flexattention is None:
@@ -92,21 +96,14 @@ def open_start(start: StartConfig, overrides: Mapping[str, Any], seed: int) -> S
             stacked = dataclasses.replace(stacked, **{name: None})
             redrawn |= set(layouts.leaf_shapes(config)) - set(layouts.leaf_shapes(stacked))
 
-    def read() -> dict[str, Any]:
-        flat = flatten(opened.params(config=stacked, dtype="float32"))
+    def read(partition: Partition | None = None) -> dict[str, Any]:
+        shardings = None if partition is None else partition.state_shardings(param_shapes(stacked))
+        flat = flatten(opened.params(config=stacked, dtype="float32", shardings=shardings))
         if redrawn:
-            flat |= flatten(draw_params(config, seed, start.draw_by_width, redrawn))
+            flat |= flatten(_placed(draw_params(config, seed, start.draw_by_width, redrawn), partition))
         return _arranged(nest(flat), config, start)
 
     return Start(config, Path(start.tokenizer or start.checkpoint), read)
-
-
-def param_shapes(config: VLMConfig) -> dict[str, Any]:
-    """The parameter tree of a configuration as jax.ShapeDtypeStruct, float32."""
-    shapes = {path: jax.ShapeDtypeStruct(s, np.float32) for path, s in layouts.leaf_shapes(config).items()}
-    if config.scan_layers:
-        return nest(shapes)
-    return jax.eval_shape(lambda: unstack_layers(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), nest(shapes))))
 
 
 def _configure(config: VLMConfig, start: StartConfig, overrides: dict[str, Any]) -> VLMConfig:
@@ -128,10 +125,21 @@ def _redrawn(prefixes: str, config: VLMConfig) -> set[str]:
     return chosen
 
 
+def _placed(params: dict[str, Any], partition: Partition | None) -> dict[str, Any]:
+    """Drawn parameters where the partition wants them, one after the other; None: on the host still."""
+    if partition is None:
+        return params
+
+    def place(leaf: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree.map(place, params, partition.state_shardings(params))
+
+
 def _arranged(params: dict[str, Any], config: VLMConfig, start: StartConfig) -> dict[str, Any]:
     if start.copy_projections:
         flat = flatten(params)
         # Arrays of their own: the step that they are given to takes each one's memory.
-        copies = {path: np.array(flat[path.replace("_proj_hd", "_proj")]) for path in flat if "_proj_hd" in path}
+        copies = {path: jnp.copy(flat[path.replace("_proj_hd", "_proj")]) for path in flat if "_proj_hd" in path}
         params = nest(flat | copies)
     return params if config.scan_layers else unstack_layers(params)

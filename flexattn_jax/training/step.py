@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from flexattn_jax.models.vlm import VLM
+from flexattn_jax.partitioning import Partition, constrain
 from flexattn_jax.training.data import TrainBatch
 from flexattn_jax.training.loss import next_token_loss
 from flexattn_jax.training.optimizer import Optimizer, join_params
@@ -32,7 +33,7 @@ def vlm_loss(model: VLM) -> LossFn:
     def loss_fn(params: dict, batch: TrainBatch, alpha: jax.Array, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
         # What float32 names is float32: an accelerator would otherwise round the products' inputs to bfloat16.
         with jax.default_matmul_precision("highest" if model.config.dtype == "float32" else None):
-            loss, (_, named) = next_token_loss(model, params, batch.batch, batch.labels, batch.readers, alpha, key)
+            loss, named = next_token_loss(model, params, batch.batch, batch.labels, batch.readers, alpha, key)
         if "cells" not in named:
             return loss, {}
         # The last layer's selection is made and read by none.
@@ -59,13 +60,17 @@ def make_train_step(
     alpha: Callable[[jax.Array], jax.Array],
     accumulation: int = 1,
     ema_decay: float | None = None,
+    partition: Partition | None = None,
+    shardings: TrainState | None = None,
 ) -> Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics]]:
-    """A jitted (state, batch) -> (state, metrics).
+    """A (state, batch) -> (state, metrics), jitted: `.lower(state, batch)` gives its program.
 
     Args:
       alpha: of the step, see `alpha_ramp`.
       accumulation: parts that the batch is cut into, one after the other in memory; the gradient is the whole batch's.
       ema_decay: OptimizerConfig.ema_decay.
+      partition: where the model computes; None: on one device.
+      shardings: where the state lies, before and after: `Partition.state_shardings`; None as `partition`.
 
     The metrics are float32 scalars: `loss`, `gradient_norm`, `learning_rate`, `alpha`, `answer_tokens`, `applied` (0
     if the update was left out), `bad_in_a_row`, `skipped`, and those of `loss_fn`.
@@ -79,6 +84,8 @@ def make_train_step(
             return loss_fn(join_params(trained, state.frozen), part, weight, part_key)
 
         gradient, sums, tokens = _accumulate(part_loss, state.trained, batch, key, accumulation)
+        if shardings is not None and partition.mesh.size > 1:
+            gradient = jax.lax.with_sharding_constraint(gradient, shardings.trained)
         norm = optax.tree.norm(gradient)
         direction, moments = optimizer.transform.update(gradient, state.moments, state.trained)
         rate = optimizer.learning_rate(state.step)
@@ -110,10 +117,14 @@ def make_train_step(
         }
         return state, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
-    return jax.jit(step, donate_argnums=0)
+    if partition is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(partition.traced(step), donate_argnums=0, out_shardings=(shardings, partition.replicated))
 
 
-def make_eval_step(loss_fn: LossFn) -> Callable[[TrainState, TrainBatch], tuple[jax.Array, jax.Array]]:
+def make_eval_step(
+    loss_fn: LossFn, partition: Partition | None = None
+) -> Callable[[TrainState, TrainBatch], tuple[jax.Array, jax.Array]]:
     """A jitted (state, batch) -> (summed loss, answer tokens), with the moving average where there is one, alpha 1."""
 
     def step(state: TrainState, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
@@ -121,7 +132,7 @@ def make_eval_step(loss_fn: LossFn) -> Callable[[TrainState, TrainBatch], tuple[
         tokens = batch.learned.astype(jnp.float32)
         return loss * tokens, tokens
 
-    return jax.jit(step)
+    return jax.jit(step) if partition is None else jax.jit(partition.traced(step), out_shardings=partition.replicated)
 
 
 def _accumulate(loss_fn: Callable, trained: dict, batch: TrainBatch, key: jax.Array, parts: int) -> tuple[Any, ...]:
@@ -138,7 +149,12 @@ def _accumulate(loss_fn: Callable, trained: dict, batch: TrainBatch, key: jax.Ar
         share = part.learned / jnp.maximum(total, 1)
         return jax.tree.map(lambda s, x: s + share * x, sums, (gradient, named | {"loss": loss})), None
 
-    cut = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), batch)
+    def cut_rows(x: jax.Array) -> jax.Array:
+        # Every parts-th row, so that each device cuts the rows that it has.
+        x = jnp.asarray(x).reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(x, None, "batch", *(None,) * (x.ndim - 2))
+
+    cut = jax.tree.map(cut_rows, batch)
     first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), cut)
     (loss, named), gradient = jax.eval_shape(value_and_grad, trained, first, key)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (gradient, named | {"loss": loss}))

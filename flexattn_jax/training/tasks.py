@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ TASKS: dict[str, Callable[[Mapping[str, Any], str | Path], Path]] = {"llava": ru
 
 def run_task(settings: Mapping[str, Any], workdir: str | Path) -> Path:
     """Trains what `settings["task"]` names; gives the folder of the model. Raises one of USER_ERRORS."""
-    settings = dict(settings)
-    name = settings.pop("task")
+    name = settings["task"]
     if name not in TASKS:
         raise ConfigError(f"there is no task {name!r}; there are {', '.join(TASKS)}")
-    return TASKS[name](settings, workdir)
+    others = copy.copy(settings)  # of the same kind, which says what is missing
+    del others["task"]
+    return TASKS[name](others, workdir)

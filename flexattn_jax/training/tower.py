@@ -1,8 +1,11 @@
-"""Training of a small vision tower from nothing: which object lies on a token, and of which colour it is.
+"""Training of a small vision tower and its connector from nothing: which object lies on a token, of which colour it is,
+and where the token is.
 
-The stage before those of LLaVA, which begin with a tower that can see. It reads vsearch's boxes; the two linear maps
-that read class and colour off a token are trained along and left out of the model. Each step sees pictures whole at low
-resolution, and at full resolution crops around random objects, so that it learns both scales.
+The stage before those of LLaVA, which begin with a tower that can see. It reads vsearch's boxes; the linear maps that
+read class, colour, column and row off a token of the connector are trained along and left out of the model. A connector
+that is drawn at random instead mixes what the tower keeps apart, and high resolution, which does not train it, is then
+hardly ever searched (docs/mini.md). Each step sees pictures whole at low resolution, and crops around random objects at
+full resolution, so that both scales are learned.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import optax
 
 from flexattn_jax.config import ConfigError, VisionConfig, VLMConfig
 from flexattn_jax.inputs.datasets.vsearch import decode_example
+from flexattn_jax.inputs.datasets.vsearch_examples import COLUMNS
 from flexattn_jax.inputs.datasets.vsearch_scenes import CLASSES, COLOURS
 from flexattn_jax.inputs.images import preprocess
 from flexattn_jax.models.vlm import VLM
@@ -30,6 +34,7 @@ _CORE = 0.4  # an object lies on tokens whose middle is in this share of its box
 _BACKGROUND_WEIGHT = 0.05  # of a token; nearly all are background
 _LIGHT = 0.2  # largest change of a channel's brightness or contrast
 _NO_OBJECT = -1
+PLACES = len(COLUMNS)  # of columns, and of rows, that a token of a picture is told to lie in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,20 +106,22 @@ class TowerSource:
 
 
 def probe_params(config: VLMConfig, seed: int) -> dict[str, Any]:
-    """Linear maps from a token to its class and colour, float32."""
+    """Linear maps from a token of the connector to its class, colour, column and row, float32."""
     rng = np.random.default_rng([seed, BACKGROUND])
 
     def linear(outputs: int) -> dict[str, np.ndarray]:
-        kernel = 0.02 * rng.standard_normal((outputs, config.vision.width), np.float32)
+        kernel = 0.02 * rng.standard_normal((outputs, config.decoder.width), np.float32)
         return {"kernel": kernel.astype(np.float32), "bias": np.zeros(outputs, np.float32)}
 
-    return {"probe": {"class": linear(BACKGROUND + 1), "colour": linear(len(COLOURS))}}
+    outputs = {"class": BACKGROUND + 1, "colour": len(COLOURS), "column": PLACES, "row": PLACES}
+    return {"probe": {name: linear(count) for name, count in outputs.items()}}
 
 
 def tower_loss(model: VLM, config: TowerConfig) -> Callable:
-    """A LossFn over TowerBatch: cross-entropy of class and of colour at both resolutions.
+    """A LossFn over TowerBatch: cross-entropy of class, colour, column and row at both resolutions.
 
-    Its scalars are the shares of objects whose class and colour are right on the token of their middle.
+    Its scalars are the shares of objects whose class and colour are right on the token of their middle. Columns and
+    rows are PLACES equal parts of the view.
 
     Raises:
       ConfigError: crops that the tower cannot read.
@@ -137,8 +144,9 @@ def tower_loss(model: VLM, config: TowerConfig) -> Callable:
         return lowres[0] + highres[0], named | {f"highres_{name}": share for name, share in highres[1].items()}
 
     def view_loss(params: dict, pixels: jax.Array, objects: jax.Array) -> tuple[jax.Array, dict]:
-        features = model.apply({"params": {"vision": params["vision"]}}, pixels, method="tower")
-        read = {name: features @ probe["kernel"].T + probe["bias"] for name, probe in params["probe"].items()}
+        seeing = {name: params[name] for name in ("vision", "connector")}
+        tokens = model.apply({"params": seeing}, pixels, method="tokens")
+        read = {name: tokens @ probe["kernel"].T + probe["bias"] for name, probe in params["probe"].items()}
         grid = pixels.shape[-1] // model.config.vision.patch_size
         classes, colours, middle = label_tokens(objects, grid, pixels.shape[-1])
         losses = optax.softmax_cross_entropy_with_integer_labels(read["class"], classes)
@@ -146,6 +154,10 @@ def tower_loss(model: VLM, config: TowerConfig) -> Callable:
         loss = (losses * weights).sum() / weights.sum()
         losses = optax.softmax_cross_entropy_with_integer_labels(read["colour"], jnp.maximum(colours, 0))
         loss += jnp.where(colours >= 0, losses, 0).sum() / jnp.maximum((colours >= 0).sum(), 1)
+        row, column = (jnp.arange(grid**2) // part % grid * PLACES // grid for part in (grid, 1))
+        for name, places in (("row", row), ("column", column)):
+            labels = jnp.broadcast_to(places, classes.shape)
+            loss += optax.softmax_cross_entropy_with_integer_labels(read[name], labels).mean()
         right = {"class": read["class"][..., :BACKGROUND].argmax(-1) == classes}
         right["colour"] = read["colour"].argmax(-1) == colours
         return loss, {name: (hit & middle).sum() / jnp.maximum(middle.sum(), 1) for name, hit in right.items()}

@@ -33,6 +33,7 @@ def run(tmp_path, monkeypatch, capsys):
     """Evaluates a small copy of a benchmark; gives results, the model that was asked, and what was printed."""
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
+    (checkpoint / "config.json").write_text("{}")
 
     def run(name, answers=None, variant="", workdir="w", **settings):
         data = tmp_path / name
@@ -298,14 +299,15 @@ def test_scoring_again_asks_for_a_scorer_with_the_same_words(run, capsys):
     error = capsys.readouterr().err
     assert "asked for scorer 'released', so they can be scored by released or strict, not by 'official'" in error
     assert (
-        main([path, "--out", str(run.folder / "no" / "such")]) == 2 and "cannot be written" in capsys.readouterr().err
+        main([path, "--out", str(run.folder / "no" / "such")]) == 2
+        and "cannot be read or written" in capsys.readouterr().err
     )
 
 
 def test_scoring_again_says_what_is_wrong_with_the_files(run, capsys):
     run("magnifier")
     folder = run.folder / "w"
-    assert main([str(run.folder / "predictions.jsonl")]) == 2 and "run.json cannot be read" in capsys.readouterr().err
+    assert main([str(run.folder / "predictions.jsonl")]) == 2 and "run.json is missing" in capsys.readouterr().err
     lines = (folder / "predictions.jsonl").read_text().splitlines()
     (folder / "predictions.jsonl").write_text(f'{lines[0]}\n{{"id": 3}}\n')
     assert main([str(folder / "predictions.jsonl")]) == 2 and "line 2 of" in capsys.readouterr().err

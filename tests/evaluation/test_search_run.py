@@ -1,5 +1,6 @@
 """eval.py on vsearch: the table of the mini models and what is kept of it."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -58,10 +59,24 @@ def test_arms_stand_side_by_side_and_a_second_run_asks_nothing_again(models, tmp
     assert again["arms"] == results["arms"]
 
 
+def test_a_packaged_model_answers_and_arms_that_are_not_packaged_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS, "standard", dataclasses.replace(PRESETS["standard"], pictures=(0, 0, 2, 0)))
+    values = settings("mini,compare", data_dir=str(tmp_path / "data"), batch_size=2, pictures=1)
+    results = run_vsearch(values, tmp_path / "run")
+    assert set(results["arms"]) <= {"twin", "flex", "random", "random_swap", "all"}
+    assert {"twin", "flex", "random_swap"} <= set(results["arms"])
+    said = capsys.readouterr().out
+    for name in ("twin", "flex", "random", "random_swap", "all"):
+        assert (f"no model of `{name}` is packaged" in said) == (name not in results["arms"])
+    flex, twin = (results["arms"][name] for name in ("flex", "twin"))
+    assert flex["share_of_cells_a_layer"] == pytest.approx(4 / 36) and flex["share_of_dense_flops"] <= 0.25
+    assert flex["forms"]["direct_attributes"]["accuracy"] > twin["forms"]["direct_attributes"]["accuracy"]
+    assert len(list((tmp_path / "run" / "flex" / "pictures").iterdir())) == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "no models are given: --config.models=DIR"),
         ({"models": "no/where"}, "there is no model in no/where/flex; give the folder of trained models"),
         ({"models": "m", "arms": ("flax",)}, "arms is ('flax',); name some of twin, flex, random, random_swap, all"),
         ({"models": "m", "limit": -1}, "limit and pictures cannot be negative"),

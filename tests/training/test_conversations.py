@@ -165,7 +165,7 @@ def test_a_file_or_folder_that_is_not_there_says_where_to_get_it(tmp_path):
     (tmp_path / "data.json").write_text('[{"id": ')
     with pytest.raises(ConversationError, match="coco/train2017"):
         read_llava(tmp_path / "data.json", tmp_path / "none")
-    with pytest.raises(ConversationError, match="no valid JSON"):
+    with pytest.raises(ConversationError, match="not valid JSON"):
         read_llava(tmp_path / "data.json", tmp_path)
     (tmp_path / "data.json").write_text('{"a": 1}')
     with pytest.raises(ConversationError, match="no list of conversations"):

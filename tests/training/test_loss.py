@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import restatement
 from conftest import random_params
@@ -10,7 +11,7 @@ from conftest import random_params
 from flexattn_jax.config import override, preset
 from flexattn_jax.inputs.batching import Buckets, Sample, make_batch
 from flexattn_jax.models.vlm import VLM
-from flexattn_jax.training.loss import IGNORED, answer_rows, expand_labels, next_token_loss
+from flexattn_jax.training.loss import IGNORED, answer_rows, cross_entropy, expand_labels, next_token_loss
 
 
 def test_answer_rows_precede_each_answer_token():
@@ -58,6 +59,32 @@ def test_the_loss_of_a_mixed_batch_is_the_restated_one(tiny, alpha):
     assert float(loss) == pytest.approx(total / tokens, abs=1e-5)
 
 
+def test_dropped_out_a_sample_reads_low_resolution_alone(tiny):
+    """Each sample by itself, others in other steps, and none in evaluation."""
+    config, params = tiny
+    prompt = np.arange(3, 13)
+    prompt[2] = -200
+    pixels = np.random.default_rng(0).standard_normal((3, config.image_size, config.image_size)).astype(np.float32)
+    batch = make_batch([Sample(prompt, pixels, (90, 60))] * 8, config, Buckets())
+
+    def last_logits(dropout, alpha=None, seed=None):
+        model = VLM(override(config, {"flexattention.dropout": dropout}))
+        key = None if seed is None else jax.random.key(seed)
+        logits, _ = jax.jit(model.apply)({"params": params}, batch, None, None, alpha, key)
+        return np.asarray(logits[:, batch.lengths[0] - 1])
+
+    whole, alone = last_logits(0.5)[0], last_logits(0.0, jnp.float32(0))[0]
+    assert np.abs(whole - alone).max() > 1e-3
+    chosen = []
+    for seed in (0, 1):
+        logits = last_logits(0.5, jnp.float32(1), seed)
+        near = [[np.allclose(row, other, atol=1e-5) for other in (whole, alone)] for row in logits]
+        assert all(sum(pair) == 1 for pair in near)
+        chosen.append([pair[1] for pair in near])
+    assert 0 < sum(chosen[0]) < 8 and chosen[0] != chosen[1]
+    np.testing.assert_allclose(last_logits(1.0, None, 0), np.broadcast_to(alone, (8, len(alone))), atol=1e-5)
+
+
 @pytest.mark.slow
 def test_union_capacity_changes_nothing_while_it_is_not_exceeded(tiny):
     config, params = tiny
@@ -80,7 +107,7 @@ def test_cells_beyond_the_union_capacity_are_counted(tiny):
     limited = override(config, {"flexattention.union_capacity": 1, "flexattention.threshold": 10.0})
     _, _, batch, labels = conversation(config)
     readers = answer_rows(labels, batch.image_start)
-    _, (_, named) = next_token_loss(VLM(limited), params, batch, labels, readers)
+    _, named = next_token_loss(VLM(limited), params, batch, labels, readers)
     used = np.asarray(named["cells"])[:, 0].any(axis=1).sum(axis=-1)
     assert (used <= 1).all() and np.asarray(named["overflow"]).sum() > 0
 
@@ -101,7 +128,33 @@ def test_a_preset_of_random_parameters_matters():
     _, _, batch, labels = conversation(config)
     readers = answer_rows(labels, batch.image_start)
     params = random_params(config)
-    _, (_, named) = next_token_loss(VLM(config), params, batch, labels, readers)
+    _, named = next_token_loss(VLM(config), params, batch, labels, readers)
     off = next_token_loss(VLM(override(config, {"flexattention.enabled": False})), params, batch, labels, readers)[0]
     on = next_token_loss(VLM(config), params, batch, labels, readers)[0]
     assert np.asarray(named["cells"])[:-1, 0].any() and abs(float(on) - float(off)) > 1e-4
+
+
+@pytest.mark.parametrize("at_once", [10_000, 101 * 7, 300, 7])  # all at once; one, three, and as many parts as tokens
+def test_the_loss_in_parts_of_the_vocabulary_is_that_of_all_logits(at_once):
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.standard_normal((2, 7, 16)), jnp.float32)
+    head = jnp.asarray(rng.standard_normal((101, 16)), jnp.float32)  # 101 is a multiple of none
+    targets, weights = jnp.asarray(rng.integers(0, 101, (2, 7))), jnp.asarray(rng.standard_normal((2, 7)))
+
+    def whole(hidden, head):
+        return (optax.softmax_cross_entropy_with_integer_labels(hidden @ head.T, targets) * weights).sum()
+
+    def parts(hidden, head):
+        return (cross_entropy(hidden, head, targets, at_once) * weights).sum()
+
+    (want, wanted), (found, gradients) = (jax.value_and_grad(f, (0, 1))(hidden, head) for f in (whole, parts))
+    assert float(found) == pytest.approx(float(want), abs=1e-4)
+    for one, other in zip(gradients, wanted, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_a_step_of_training_has_no_array_of_all_logits():
+    hidden, head = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 1024, 64), (60_000, 64)))
+    gradient = jax.grad(lambda h, w, t: cross_entropy(h, w, t).sum(), (0, 1))
+    text = jax.jit(gradient).lower(hidden, head, jax.ShapeDtypeStruct((2, 1024), np.int32)).as_text()
+    assert "2x1024x4000xf32" in text and "2x1024x60000" not in text

@@ -2,7 +2,9 @@
 
 import jax
 import numpy as np
+import pytest
 from conftest import random_params
+from platforms import attend_as
 
 from flexattn_jax.checkpoints.trees import unstack_layers
 from flexattn_jax.config import override, preset
@@ -42,3 +44,16 @@ def test_gradients_do_not_depend_on_remat():
 def test_layers_that_are_not_scanned_are_recomputed_one_by_one():
     config = override(preset("tiny"), {"remat": "full", "scan_layers": False, "decoder.num_layers": 3})
     assert marks(trace(config, unstack_layers(random_params(config)))) == 3
+
+
+@pytest.mark.parametrize("platform", ["default", "tpu"])
+def test_gradients_do_not_depend_on_the_platforms_way_of_attention(monkeypatch, platform):
+    """What accelerators run instead of the loop over heads, on CPU."""
+    config = override(preset("tiny"), {"flexattention.threshold": 30.0, "decoder.num_layers": 3, "remat": "dots"})
+    params = random_params(config)
+    here = trace(config, params)
+    attend_as(platform, monkeypatch)
+    there = trace(config, params)
+    assert "cond" in str(here.jaxpr) and "platform_index" not in str(there.jaxpr)
+    for one, other in zip(jax.tree.leaves(run(here, params)), jax.tree.leaves(run(there, params)), strict=True):
+        np.testing.assert_allclose(one, other, atol=3e-6, rtol=1e-5)

@@ -6,14 +6,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from commands import command, read_metrics, start
 
 import flexattn_jax
 from flexattn_jax.checkpoints.store import load_params
@@ -26,7 +25,6 @@ from flexattn_jax.inputs.conversations import ConversationError
 from flexattn_jax.training.loop import TrainingFault
 from flexattn_jax.training.tasks import run_task
 
-REPOSITORY = Path(__file__).parents[2]
 STEPS = 14
 
 
@@ -34,40 +32,6 @@ STEPS = 14
 def compiled(tmp_path_factory):
     """Programs are compiled once for all runs of this file, in whichever process."""
     return tmp_path_factory.mktemp("compiled")
-
-
-def command(settings, workdir):
-    """train.py with `settings` on its command line."""
-    words = [sys.executable, str(REPOSITORY / "train.py"), f"--config={REPOSITORY / 'configs' / 'train_llava.py'}"]
-
-    def add(values, prefix):
-        for name, value in values.items():
-            if isinstance(value, dict):
-                add(value, f"{prefix}.{name}")
-            elif value is not None:
-                words.append(f"--{prefix}.{name}={value}")
-
-    add(settings, "config")
-    return [*words, f"--workdir={workdir}"]
-
-
-def start(words, compiled):
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(compiled),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-        "PYTHONPATH": str(REPOSITORY),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles in half the time
-    }
-    return subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=REPOSITORY
-    )
-
-
-def read_metrics(workdir):
-    file = Path(workdir) / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.is_file() else []
 
 
 def stop_at(process, workdir, step, how):

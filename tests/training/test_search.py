@@ -8,6 +8,7 @@ from flexattn_jax.config import IMAGE_PLACEHOLDER
 from flexattn_jax.inputs.batching import Buckets, make_batch
 from flexattn_jax.inputs.conversations import Turn, pack_turns, tokenize_conversation
 from flexattn_jax.inputs.datasets.vsearch import decode_example, load_vsearch
+from flexattn_jax.inputs.datasets.vsearch_examples import ATTRIBUTES, COLUMNS
 from flexattn_jax.inputs.images import preprocess
 from flexattn_jax.inputs.prompts import IMAGE_TAG
 from flexattn_jax.inputs.tokenizer import load_tokenizer
@@ -58,31 +59,40 @@ def test_samples_are_pictures_with_all_their_questions(source, rows, words):
         batch = make_batch([sample], config, Buckets(text_lengths=(192,)))
         assert batch.lengths[0] <= source.lengths.positions[k] <= batch.token_ids.shape[1]
         assert source.lengths.readers[k] == learned.sum()
+        seen = set()
+        for number, asked in enumerate(decode_example(rows[k]).questions, start=1):
+            mine = words.decode(sample.ids[learned & (sample.segments == number)]).removesuffix("</s>")
+            option, word = asked.options[asked.answer], asked.words[asked.answer]
+            said = f"is {word}" if asked.form == ATTRIBUTES else f"is on the {word}"
+            assert mine == (said if asked.form in seen else option) and said in option
+            seen.add(asked.form)
     assert source.digest == SearchSource(rows, words, config, "six pictures").digest
     assert source.digest != SearchSource(rows, words, config, "six others").digest
     assert source.digest != SearchSource([rows[k] for k in range(3)], words, config, "six pictures").digest
 
 
-def test_captions_name_what_is_there_and_only_colours_are_learned(rows, words):
+def test_captions_name_what_is_there_and_only_what_follows_the_names_is_learned(rows, words):
     config = mini_config()
-    both, alone = (SearchSource(rows, words, config, "six", captions=2, questions=kept) for kept in (True, False))
+    both, alone = (SearchSource(rows, words, config, "six", 2, 1, questions=kept) for kept in (True, False))
     plain = SearchSource(rows, words, config, "six")
     assert len({both.digest, alone.digest, plain.digest}) == 3
     told = set()
     for k in range(len(rows)):
         example = decode_example(rows[k])
-        objects = {placed.name: placed.colour for placed in example.objects}
+        side = example.picture().width
+        colours = {placed.name: f"is {placed.colour}" for placed in example.objects}
+        eighths = {o.name: COLUMNS[int((o.box[0] + o.box[2] / 2) // (side / 8))] for o in example.objects}
         (sample, learned), (before, before_learned) = both.text(k), plain.text(k)
         count = len(example.questions)
         asked = sample.segments <= count
         np.testing.assert_array_equal(sample.ids[asked], before.ids)
         np.testing.assert_array_equal(learned[asked], before_learned)
-        assert sample.segments.max() == count + 2 and alone.text(k).sample.segments.max() == 2
+        assert sample.segments.max() == count + 3 and alone.text(k).sample.segments.max() == 3
         np.testing.assert_array_equal(alone.text(k).sample.ids[-len(sample.ids[~asked]) :], sample.ids[~asked])
-        for number in (count + 1, count + 2):
+        for number, objects in zip(range(count + 1, count + 4), (colours, colours, eighths), strict=True):
             mine = sample.segments == number
             answer = words.decode(sample.ids[mine][:-1]).split("ASSISTANT: ")[1]
-            named = dict(part.split() for part in answer.removesuffix(".").split(", "))
+            named = dict(part.split(" ", 1) for part in answer.removesuffix(".").split(", "))
             assert len(named) == 3 and named.items() <= objects.items()
             assert [words.decode([index]) for index in sample.ids[mine & learned]] == list(named.values())
             told.add(answer)

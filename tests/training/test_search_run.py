@@ -58,12 +58,23 @@ def steps(workdir):
     return [entry for entry in entries if "loss" in entry]
 
 
+STAGES = {  # each with the one that it begins with, and the presets that it sees first
+    "tower": (None, 0),
+    "flex,find": ("tower", 1),
+    "flex,both": ("flex,find", 1),
+    "flex,small": ("flex,both", 1),
+    "flex,select": ("flex,small", 0),
+    "flex": ("flex,select", 0),
+    "random": ("flex,small", 0),
+    "twin,find": ("tower", 0),
+}
+
+
 @pytest.mark.slow
 def test_stage_by_stage_a_model_comes_about_that_answers(tmp_path, capsys):
-    data, before = tmp_path / "data", {"tower": None, "captions": "tower"}
-    before |= {"lowres": "captions", "flex": "lowres", "random": "lowres"}
-    workdirs, models = {name: tmp_path / name for name in before}, {}
-    for arg, stage_before in before.items():
+    data, models = tmp_path / "data", {}
+    workdirs = {name: tmp_path / name.replace(",", "-") for name in STAGES}
+    for arg, (stage_before, seen) in STAGES.items():
         checkpoint = workdirs[stage_before] / "model" if stage_before else ""
         values = settings(arg, data, checkpoint)
         folder = run_task(values, workdirs[arg])
@@ -73,9 +84,9 @@ def test_stage_by_stage_a_model_comes_about_that_answers(tmp_path, capsys):
         assert [entry["step"] for entry in steps(workdirs[arg])] == list(range(1, total + 1))
         assert all(np.isfinite(entry["loss"]) for entry in steps(workdirs[arg]))
         said = capsys.readouterr()
-        assert ("drawing vsearch" in said.err) == (arg in ("tower", "captions"))  # each preset is drawn once
-        # Each preset is seen once for low resolution and once more where high resolution is wanted first.
-        assert said.out.count("seeing 8 pictures once") == {"captions": 1, "lowres": 2, "flex": 2}.get(arg, 0)
+        assert ("drawing vsearch" in said.err) == (arg in ("tower", "flex,both"))  # each preset is drawn once
+        # Each preset is seen once, whichever way it is read.
+        assert said.out.count("seeing 8 pictures once") == seen
         run_task(settings(arg, data, checkpoint), workdirs[arg])  # finished: nothing more is learned
         assert len(steps(workdirs[arg])) == total
 
@@ -84,18 +95,20 @@ def test_stage_by_stage_a_model_comes_about_that_answers(tmp_path, capsys):
 
     drawn = flatten(draw_params(load_config(workdirs["tower"] / "model"), 0, by_width=True))
     moved = {path for path in drawn if not np.array_equal(drawn[path], models["tower"][path])}
-    assert moved == {path for path in drawn if path.startswith("vision/")}
-    answers = {path for path in drawn if not path.startswith("vision/")}
-    assert changed("captions", "tower") == answers  # drawn anew
-    assert changed("lowres", "captions") == answers  # weights that are read by none decay
-    for arg in ("flex", "random"):
-        assert changed(arg, "lowres") == answers and load_config(workdirs[arg] / "model").reads_highres
-    assert not load_config(workdirs["lowres"] / "model").reads_highres
+    assert moved == {path for path in drawn if path.startswith(("vision/", "connector/"))}
+    answers = {path for path in drawn if path.startswith("decoder/")}
+    for arg in ("flex,find", "flex,both", "flex,small", "flex,select", "flex", "random"):
+        assert changed(arg, STAGES[arg][0]) == answers and load_config(workdirs[arg] / "model").reads_highres
+    assert changed("twin,find", "tower") <= answers and not load_config(workdirs["twin,find"] / "model").reads_highres
+    for arg in ("flex,find", "flex,small"):
+        assert load_config(workdirs[arg] / "model").flexattention.selector == "all"
+    for arg in ("flex,select", "flex"):
+        assert load_config(workdirs[arg] / "model").flexattention.selector == "attention"
     assert changed("flex", "random") and load_config(workdirs["random"] / "model").flexattention.selector == "random"
 
     example = decode_example(load_vsearch(data, "standard", "validation")[0])
     asked = example.questions[0]
-    for arg in ("lowres", "flex"):
+    for arg in ("twin,find", "flex"):
         vlm = flexattn_jax.load(workdirs[arg] / "model")
         assert isinstance(vlm.answer([example.image], [asked.question], max_new_tokens=12)[0], str)
         losses = vlm.score([example.image], [asked.question], [asked.options], scorer="official")[0]
@@ -157,6 +170,9 @@ MISTAKES = {
     "flex": [
         ({"start": {"checkpoint": ""}}, "--config.start.checkpoint is not given; this stage begins with DIR/model of"),
         ({"start": {"checkpoint": "no/where"}}, "no/where does not exist; this stage begins with DIR/model of"),
+        ({"data": {"captions": -1}}, "data.captions is -1 and data.columns 1; neither can be below 0"),
+        ({"data": {"questions": False, "captions": 0, "columns": 0}}, "one of them must be above"),
+        ({"model": {"flexattention": {"dropout": 1.5}}}, "flexattention.dropout"),
         ({"start": {"checkpoint": "without"}}, "without has no high-resolution projections"),
         ({"optimizer": {"trainable": "vision,decoder"}}, "the vision tower gets no gradient here"),
         ({"data": {"text_lengths": (64,)}}, "the limit is 64"),
@@ -193,19 +209,22 @@ def test_mistakes_are_one_sentence(arg, change, message, checkpoint, data_dir, t
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("arg", "before"), [("captions", "tower"), ("lowres", "captions"), ("flex", "lowres"), ("twin", "lowres")]
-)
-def test_the_command_that_makes_the_stage_before_is_named(arg, before, tmp_path):
+@pytest.mark.parametrize("arg", ["flex,find", "flex", "twin"])
+def test_the_command_that_makes_the_stage_before_is_named(arg, tmp_path):
     for missing in ("", str(tmp_path / "none")):
-        with pytest.raises(USER_ERRORS, match=f"python train.py --config=configs/train_mini.py:{before} --workdir=DIR"):
+        with pytest.raises(USER_ERRORS, match=r"python train\.py --config=configs/train_mini\.py:tower --workdir=DIR"):
             run_task(settings(arg, tmp_path, missing), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unknown_stage_is_named_with_those_there_are():
-    with pytest.raises(ValueError, match="has no 'flax'; write :tower or one of :captions, :lowres, :twin, :dense"):
-        train_mini.get_config("flax")
+def test_unknown_stages_are_named_with_those_there_are():
+    for unknown in ("flax", "flex,finds"):
+        with pytest.raises(
+            ValueError, match=r"; write :tower, :tower,more or one of :flex, :all, :random, .*,find ,both"
+        ):
+            train_mini.get_config(unknown)
+    with pytest.raises(ValueError, match="random is one model with flex: write :flex,both"):
+        train_mini.get_config("random,both")
 
 
 @pytest.mark.parametrize("arg", train_mini.ARMS)
@@ -217,5 +236,4 @@ def test_the_arms_differ_in_what_they_read_and_in_nothing_else(arg, checkpoint):
     assert found.flexattention.selector == {"all": "all", "random": "random"}.get(arg, "attention")
     if arg in ("xattn", "vistog"):  # which have parameters of their own
         values["optimizer"]["trainable"] = flex["optimizer"]["trainable"]
-    if arg not in ("captions", "lowres"):
-        assert values | {"model": None} == flex | {"model": None}
+    assert values | {"model": None} == flex | {"model": None}

@@ -9,10 +9,10 @@ from conftest import FIXTURES
 from flexattn_jax.checkpoints import layouts
 from flexattn_jax.checkpoints.errors import CheckpointError
 from flexattn_jax.checkpoints.store import load_params, save_model
-from flexattn_jax.checkpoints.trees import flatten
+from flexattn_jax.checkpoints.trees import flatten, param_shapes
 from flexattn_jax.config import ConfigError, override, preset
 from flexattn_jax.training.optimizer import split_params
-from flexattn_jax.training.start import StartConfig, open_start, param_shapes
+from flexattn_jax.training.start import StartConfig, open_start
 from flexattn_jax.training.state import draw_params
 
 LLAVA = FIXTURES / "hf_llava_tiny"

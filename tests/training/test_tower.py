@@ -158,7 +158,9 @@ def test_a_tower_learns_eight_pictures(rows):
     config = mini_config()
     source = TowerSource(rows, config, 5, "eight")
     batch = source.collate([source[k] for k in range(8)], 16, 1)
-    settings_ = OptimizerConfig(trainable="vision,probe", learning_rate=1e-2, warmup_share=0.0, schedule="constant")
+    settings_ = OptimizerConfig(
+        trainable="vision,connector,probe", learning_rate=1e-2, warmup_share=0.0, schedule="constant"
+    )
     optimizer = build_optimizer(settings_, 20)
     params = unstack_layers(random_params(config)) | probe_params(config, 0)
     state = create_state(params, settings_, optimizer, seed=0)
