@@ -40,6 +40,9 @@ RULES = (
     "mlp=tensor",
     "vocab=tensor",
 )
+# The one logical axis that is split where it does not divide: only activations have it, each of its entries costs much,
+# and ten squares on four devices are the time of three.
+UNEVEN = "tiles"
 PRESETS = {
     "data": {"data": -1},
     "fsdp": {"fsdp": -1},
@@ -166,13 +169,14 @@ class Partition:
     def sharding(self, shape: Sequence[int], names: Sequence[str | None]) -> NamedSharding:
         """Of an array whose last axes have these logical names.
 
-        An axis that its mesh axes do not divide is split over the first of them that do, or left whole.
+        An axis that its mesh axes do not divide is split over the first of them that do, or left whole; UNEVEN is
+        split all the same.
         """
         names = (None,) * (len(shape) - len(names)) + tuple(names)[max(0, len(names) - len(shape)) :]
         parts: list[tuple[str, ...] | None] = []
         for size, name in zip(shape, names, strict=True):
             axes = [axis for axis in self.rules.get(name, ()) if self.mesh.shape[axis] > 1]
-            while axes and size % math.prod(self.mesh.shape[axis] for axis in axes):
+            while name != UNEVEN and axes and size % math.prod(self.mesh.shape[axis] for axis in axes):
                 axes.pop()
             parts.append(tuple(axes) or None)
         return NamedSharding(self.mesh, PartitionSpec(*parts))

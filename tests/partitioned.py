@@ -103,6 +103,14 @@ def run(system, mesh, accumulation=1):
     return found, gradient, state, partition
 
 
+def see_one(system, partition):
+    """What the tower sees of one picture, whose squares no mesh of 8 devices divides."""
+    config = config_of(system)
+    see = partition.traced(lambda params, pixels: VLM(config).apply({"params": params}, pixels, method=VLM.see))
+    views = jax.jit(see)(random_params(config, seed=2), batch_for(config).batch.pixels[:1])
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(views)]
+
+
 def difference(one, other):
     """Largest difference of two lists of arrays, relative to the largest number of each array."""
     return max(
@@ -127,7 +135,8 @@ def moved(state, shardings):
 
 def main(system, meshes, platform="cpu"):
     """Everything about one system."""
-    one, gradient, _, _ = run(system, None)
+    one, gradient, _, whole = run(system, None)
+    views = see_one(system, whole)
     if platform != "cpu":
         attend_as(platform, pytest.MonkeyPatch())
     answer = {"one": one, "meshes": {}}
@@ -135,7 +144,10 @@ def main(system, meshes, platform="cpu"):
     for name in meshes.split(","):
         sizes, _, parts = name.partition("/")
         found, own, state, partition = run(system, (1, *map(int, sizes.split("x"))), int(parts or 1))
-        answer["meshes"][name] = found | {"gradient_difference": difference(gradient, own)}
+        answer["meshes"][name] = found | {
+            "gradient_difference": difference(gradient, own),
+            "views_difference": difference(views, see_one(system, partition)),
+        }
         states.append((state, partition))
     if len(states) > 1:
         (state, _), (_, other) = states[0], states[-1]

@@ -112,6 +112,12 @@ def test_heads_are_split_where_a_batch_does_not_divide():
     assert PartitionConfig().suited(7, 384) == PartitionConfig()  # nothing helps; make_partition then says so
 
 
+def test_squares_are_split_although_they_do_not_divide():
+    partition = described("data", count=4, tensor=4)
+    assert partition.sharding((10, 577, 1024), ("tiles", None, None)).spec[0] == "tensor"
+    assert partition.sharding((10, 577, 1024), ("heads", None, None)).spec[0] is None
+
+
 def test_on_one_device_a_program_is_what_it_is_without_a_partition():
     partition = make_partition(PartitionConfig(), jax.devices()[:1])
 
@@ -143,7 +149,7 @@ def check(found, meshes):
         other = found["meshes"][mesh]
         for name in ("loss", "eval_loss", "second_loss"):
             assert other[name] == pytest.approx(one[name], rel=1e-5), (mesh, name)
-        assert other["gradient_difference"] <= 1e-5, mesh
+        assert other["gradient_difference"] <= 1e-5 and other["views_difference"] <= 1e-5, mesh
         assert min(other["constraints"]) > 0 and other["compiled"] == 1, mesh
         if "/" not in mesh:  # of parts the mean is taken, whatever rows they have
             assert other["cells"] == pytest.approx(one["cells"], abs=1e-6), mesh
