@@ -1,6 +1,11 @@
 """Small random models for the tests."""
 
+import os
 import pathlib
+
+# Before JAX reads it: programs this small take longer to compile than to run, and compile in half the time. What only
+# the optimising compiler shows is left to a run with XLA_FLAGS= set by hand, and to benchmarks/.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import numpy as np

@@ -27,7 +27,7 @@ def test_a_product_with_int8_rows_is_that_with_the_rounded_matrix():
     np.testing.assert_allclose(product(x, leaf), x @ rounded.T, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_model_in_int8_is_close_to_itself_and_smaller(tmp_path, scan):
     pytest.importorskip("qwix")
     write_random_checkpoint(tmp_path / "checkpoint")

@@ -46,7 +46,7 @@ def test_layers_that_are_not_scanned_are_recomputed_one_by_one():
     assert marks(trace(config, unstack_layers(random_params(config)))) == 3
 
 
-@pytest.mark.parametrize("platform", ["default", "tpu"])
+@pytest.mark.parametrize("platform", ["default", pytest.param("tpu", marks=pytest.mark.slow)])
 def test_gradients_do_not_depend_on_the_platforms_way_of_attention(monkeypatch, platform):
     """What accelerators run instead of the loop over heads, on CPU."""
     config = override(preset("tiny"), {"flexattention.threshold": 30.0, "decoder.num_layers": 3, "remat": "dots"})
