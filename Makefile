@@ -8,7 +8,7 @@ MINI   := runs/mini
 LAB    := .venv-lab
 TORCH  := .venv-transformers
 COSTS  := check default gpu ranking cells resolution systems train depth
-.PHONY: demo test slow check bench bench-training bench-parts bench-transformers bench-weights costs train-mini study clean
+.PHONY: demo test slow long check bench bench-training bench-parts bench-transformers bench-weights costs train-mini study clean
 
 demo: $(READY)
 	$(RUN) eval.py --config=configs/vstar.py --config.limit=200 --config.pictures=8 --workdir=runs/demo
@@ -17,7 +17,10 @@ test: $(READY)
 	$(RUN) -m pytest
 
 slow: $(READY)
-	$(RUN) -m pytest -m slow
+	$(RUN) -m pytest -m "slow and not long"
+
+long: $(READY)
+	$(RUN) -m pytest -m long
 
 check: $(READY)
 	$(VENV)/bin/ruff check .

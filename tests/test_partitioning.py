@@ -180,12 +180,19 @@ def test_flexattention_on_eight_devices_is_flexattention_on_one():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("system", ["flex", "flex:2", "paper", "dense", "cogagent", "vistog", "fastv"])
+@pytest.mark.parametrize(
+    "system",
+    [
+        "flex",
+        "flex:2",
+        *(pytest.param(x, marks=pytest.mark.long) for x in ("paper", "dense", "cogagent", "vistog", "fastv")),
+    ],
+)
 def test_every_system_on_eight_devices_is_what_it_is_on_one(system):
     found = check(split_over_eight(system, MESHES), MESHES)
     for mesh in MESHES:
         instructions, collectives, kinds = found["meshes"][mesh]["selecting"]
-        assert collectives == 0 and kinds > 0 and (instructions > 20) == system.startswith(("flex", "paper")), mesh
+        assert collectives == 0 and kinds > 0 and (instructions > 5) == system.startswith(("flex", "paper")), mesh
     assert found["meshes"]["8x1x1"]["largest_share"] == 1
     assert found["meshes"]["1x8x1"]["largest_share"] == 1 / 8
     assert found["moved"] == 0  # a checkpoint of 8x1x1 read into 2x2x2

@@ -2,6 +2,8 @@
 
     python tools/mini_study.py --out=runs/mini --seeds=0,1,2                        trains what is missing, tests
     python tools/mini_study.py --out=runs/mini --seeds=0 --arms=flex,xattn --train  trains these alone
+    python tools/mini_study.py --out=runs/mini --seeds=1 --arms=flex,twin --train --tower=flexattn_jax/assets/mini/flex
+                                                                                    with the packaged model's tower
 
 A run that was stopped goes on. `make train-mini` is the part of it that makes one FlexAttention model.
 """
@@ -68,13 +70,13 @@ def tests() -> Iterator[Test]:
 
 
 def train_arm(arm: str, folder: Path, tower: Path, settings: Sequence[str]) -> None:
-    """Trains an arm part by part (configs/train_mini.py), from the tower on; the model is `folder`/ARM/model."""
+    """Trains an arm part by part (configs/train_mini.py), beginning with a model that has the tower."""
     before = tower
     for part in RECIPE["PARTS"]:
         name = RECIPE["BEGUN_AS"].get(arm, arm) if part in RECIPE["BEFORE_SELECTION"] else arm
         stage, place = (arm, folder / arm) if part == "answers" else (f"{name},{part}", folder / f"{name}-{part}")
-        train(stage, place, f"--config.start.checkpoint={before / 'model'}", *settings)
-        before = place
+        train(stage, place, f"--config.start.checkpoint={before}", *settings)
+        before = place / "model"
 
 
 def train(stage: str, workdir: Path, *settings: str) -> None:
@@ -144,15 +146,20 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--arms", default=",".join(ARMS), help="of configs/train_mini.py; others are not tested")
+    parser.add_argument(
+        "--tower", type=Path, help="a model whose tower and connector to take; without, they are trained"
+    )
     parser.add_argument("--train", action="store_true", help="train, and test nothing")
     parser.add_argument("--data_dir", default="", help="where vsearch is drawn to; empty: the user's data folder")
     parser.add_argument("--pictures", type=int, default=0, help="of each test; 0: all")
     arguments = parser.parse_args()
     data = [f"--config.data.data_dir={arguments.data_dir}"]
     seeds, arms = [int(seed) for seed in arguments.seeds.split(",")], arguments.arms.split(",")
-    train("tower", arguments.out / "tower", *data)
-    tower = arguments.out / "tower-more"
-    train("tower,more", tower, f"--config.start.checkpoint={arguments.out / 'tower' / 'model'}", *data)
+    tower = arguments.tower
+    if tower is None:
+        first, tower = arguments.out / "tower", arguments.out / "tower-more" / "model"
+        train("tower", first, *data)
+        train("tower,more", tower.parent, f"--config.start.checkpoint={first / 'model'}", *data)
     for seed in seeds:
         for arm in arms:
             folder = arguments.out / f"seed{seed}"

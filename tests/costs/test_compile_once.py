@@ -10,7 +10,8 @@ from conftest import random_params
 from flexattn_jax.config import override, preset
 from flexattn_jax.costs.cases import Case
 from flexattn_jax.costs.programs import build
-from flexattn_jax.inference.generation import generate
+from flexattn_jax.inference.generation import generate, greedy
+from flexattn_jax.inference.reading import Prompts
 from flexattn_jax.inference.scoring import score
 from flexattn_jax.inputs.batching import Buckets, Sample, make_batch, make_options
 from flexattn_jax.models.vlm import VLM
@@ -67,8 +68,8 @@ def test_each_bucket_and_the_training_step_are_compiled_once(tiny):
     scoring = jax.jit(functools.partial(score, model))
     generating = jax.jit(functools.partial(generate, model), static_argnames="capacity")
     for number, batch in enumerate(batches):
-        scoring(params, batch, make_options([[[number + 3], [7, 9]]] * 2, config, Buckets()))
-        generating(params, batch, np.ones(2, bool), np.int32(number + 1), capacity=16)
+        scoring(params, Prompts(batch), make_options([[[number + 3], [7, 9]]] * 2, config, Buckets()))
+        generating(params, Prompts(batch), np.ones(2, bool), np.int32(number + 1), greedy(2), capacity=16)
     assert scoring._cache_size() == generating._cache_size() == 1
 
     settings = OptimizerConfig()

@@ -116,7 +116,9 @@ def test_every_way_to_read_a_picture_has_its_programs(system):
 @pytest.mark.parametrize("system", ["dense", "cogagent", "xattn", "vistog:64", "fastv:192", "visionzip:64"])
 def test_their_flops_at_full_size_are_those_counted_from_shapes(system, program):
     found, analytic = counted(Case(system, program, "cpu", text=1472 if program == "train" else 64))
-    assert found.flops == pytest.approx(analytic, rel=0.03)
+    # Shapes count whole maps; what lies above the blocks of a causal one is not computed, much in a long sequence.
+    least = 0.9 if system == "dense" else 0.97
+    assert least * analytic < found.flops < 1.03 * analytic
 
 
 def test_nothing_is_traced_before_the_clock_runs(monkeypatch):

@@ -136,7 +136,7 @@ def one_process(alone, shared, compiled):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_several_processes_learn_what_one_does(one_process, shared, compiled, tmp_path, count):
     said, codes = finish(begin(command(shared, tmp_path), compiled, count))
     assert codes == [0] * count, said
@@ -170,7 +170,7 @@ def test_sigterm_to_any_process_saves_the_same_step_which_any_number_of_processe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_process_that_dies_stops_the_others_in_bounded_time(shared, compiled, tmp_path, killed):
     shared["epochs"] = 50.0
     run = begin(command(shared, tmp_path), compiled, 2)

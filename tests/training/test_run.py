@@ -95,6 +95,7 @@ def test_a_run_learns_logs_and_leaves_a_model_that_answers(undisturbed, checkpoi
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_vistogs_two_stages_make_a_model_whose_groups_are_drawn(settings_of, tmp_path):
     model = settings_of("vistog")["start"]["checkpoint"]
     for stage, trained in (("vistog_align", ("connector",)), ("vistog", ("connector", "decoder"))):

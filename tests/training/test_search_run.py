@@ -71,6 +71,7 @@ STAGES = {  # each with the one that it begins with, and the presets that it see
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_stage_by_stage_a_model_comes_about_that_answers(tmp_path, capsys):
     data, models = tmp_path / "data", {}
     workdirs = {name: tmp_path / name.replace(",", "-") for name in STAGES}
