@@ -14,6 +14,7 @@ import numpy as np
 
 from flexattn_jax.checkpoints.trees import unstack_layers
 from flexattn_jax.config import DecoderConfig, FlexAttentionConfig, VisionConfig, VLMConfig
+from flexattn_jax.costs.lab import BUSY, busy_cores
 from flexattn_jax.costs.records import cpu_model
 from flexattn_jax.evaluation.report import write_json
 from flexattn_jax.inputs.batching import Batch
@@ -91,15 +92,15 @@ def judged(entry: Mapping[str, float], goal: float, at_least: bool = False) -> s
 
 def environment() -> dict[str, Any]:
     """What a reading depends on beside the code; call it before measuring."""
-    load = os.getloadavg()[0]
-    if load > 0.5:
-        print(f"note: the machine is busy (load {load:.1f}); figures will be too high and spread wide")
+    busy = busy_cores()
+    if busy > BUSY:
+        print(f"note: other processes use {busy:.1f} cores; figures will be too high and spread wide")
     return {
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
-        "load_before": load,
+        "busy_before": busy,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
     }

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flexattn_jax.config import VLMConfig, override
+from flexattn_jax.costs.estimate import roofline_seconds
 from flexattn_jax.costs.targets import GPUS, TPUS
 from flexattn_jax.highres.cells import make_picture, project_keys, read_cached
 from flexattn_jax.highres.flexattention import image_map, select
@@ -175,7 +176,7 @@ def main() -> None:
     for name, part in build_parts(config, params).items():
         rooflines = {"this machine": max(part.flops / here["flops"], 4 * part.floats / here["bandwidth"])}
         for chip, able in CHIPS.items():
-            rooflines[chip] = max(part.flops / able.flops, 2 * part.floats / able.bandwidth)
+            rooflines[chip] = roofline_seconds(part.flops, 2 * part.floats, able)
         seconds = timed(part.run, options.passes)
         rows[name] = {
             "seconds": spread(seconds),

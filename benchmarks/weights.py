@@ -8,7 +8,6 @@ stopped; the table has the accuracy by split, and how many questions got another
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Iterator
 
@@ -19,7 +18,7 @@ from rich.table import Table
 
 from flexattn_jax.command_line import run_command
 from flexattn_jax.evaluation.metrics import accuracy
-from flexattn_jax.evaluation.predictions import PREDICTIONS
+from flexattn_jax.evaluation.predictions import PREDICTIONS, Prediction, read_predictions
 from flexattn_jax.evaluation.run import USER_ERRORS, run_benchmark
 
 WAYS = {
@@ -32,13 +31,11 @@ _CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "vstar.py"
 _WORKDIR = flags.DEFINE_string("workdir", "runs/benchmarks/weights", "Folder of the evaluations and weights.json.")
 
 
-def answers(folder: pathlib.Path) -> Iterator[tuple[tuple[str, str], dict]]:
+def answers(folder: pathlib.Path) -> Iterator[tuple[tuple[str, str], Prediction]]:
     """((arm or "", id of the question), prediction) of an evaluation."""
     for file in sorted(folder.rglob(PREDICTIONS)):
-        for line in file.read_text().splitlines():
-            row = json.loads(line)
-            if "id" in row:
-                yield (file.parent.relative_to(folder).as_posix(), row["id"]), row
+        for prediction in read_predictions(file):
+            yield (file.parent.relative_to(folder).as_posix(), prediction.id), prediction
 
 
 def _compare(settings: dict) -> None:
@@ -49,13 +46,13 @@ def _compare(settings: dict) -> None:
         found[name] = dict(answers(folder))
     rows, base = {}, found["float32"]
     for name, predictions in found.items():
-        splits = sorted({row["split"] for row in predictions.values()})
+        splits = sorted({one.split for one in predictions.values()})
         by_split = {
-            split: accuracy([row["score"] for row in predictions.values() if row["split"] == split]) for split in splits
+            split: accuracy([one.score for one in predictions.values() if one.split == split]) for split in splits
         }
         changed = sum(
-            (row["choice"], row["output"]) != (base[key]["choice"], base[key]["output"])
-            for key, row in predictions.items()
+            (one.choice, one.output) != (base[key].choice, base[key].output)
+            for key, one in predictions.items()
             if key in base
         )
         rows[name] = {"splits": by_split, "other_answers": changed, "questions": len(predictions)}
