@@ -26,6 +26,8 @@ _ALIAS = re.compile(r"\{(\d*)\}: \((\d+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+)")
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all")
 _SLICES = ("dynamic-slice", "slice", "gather")
+# Which operand holds what is written: the compiler updates the first one in place.
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,14 +283,14 @@ def hbm_bytes(module: Module, computation: str, instruction: Instruction) -> flo
     goes on beside several fusions (`started_collective`), its buffers count once, where it starts.
     """
     opcode = instruction.opcode
-    if opcode in _FREE or opcode.endswith("-done"):
+    if opcode in _FREE or opcode.endswith("-done") or '"AllocateBuffer"' in instruction.attributes:
         return 0.0
     around = module.computations[computation]
     operands = [around[name].type if name in around else "" for name in instruction.operands]
     if opcode in _SLICES:
         return 2 * array_bytes(instruction.type, 0)
-    if opcode == "dynamic-update-slice":
-        return 2 * array_bytes(operands[1], 0)
+    if opcode in _UPDATES:
+        return 2 * array_bytes(operands[_UPDATES[opcode]], 0)
     if opcode == "fusion":
         called = _CALLED.search(instruction.attributes)[1]
         passed = _passed_on(module, instruction)
@@ -329,7 +331,7 @@ def _read_bytes(module: Module, computation: str, number: int, kind: str) -> flo
                 names.append(user.name)
             elif user.opcode == "fusion":
                 total += _read_bytes(module, _CALLED.search(user.attributes)[1], place, kind)
-            elif not (user.opcode == "dynamic-update-slice" and place == 0):
+            elif not (user.opcode in _UPDATES and place == 0):
                 return full
     return min(total, full)
 
@@ -348,8 +350,8 @@ def _written_bytes(module: Module, computation: str, kind: str, passed: tuple[in
             continue
         while result.opcode == "bitcast" and result.operands[0] in instructions:
             result = instructions[result.operands[0]]
-        if result.opcode == "dynamic-update-slice":
-            total += array_bytes(instructions[result.operands[1]].type)
+        if result.opcode in _UPDATES:
+            total += array_bytes(instructions[result.operands[_UPDATES[result.opcode]]].type)
         else:
             total += array_bytes(result.type)
     return min(total, array_bytes(kind, 0))

@@ -193,12 +193,37 @@ def test_only_one_memory_is_asked_for():
         ("(bf16[64,8]{1,0:S(1)}, bf16[64,8]{1,0}, u32[]{:S(2)}) copy-start(%x)", 1024),
         ("(bf16[64,8]{1,0}, bf16[64,8]{1,0:S(1)}, u32[]{:S(2)}) copy-start(%x)", 1024),
         ("(bf16[64,8]{1,0}, bf16[128,8]{1,0}) all-gather-start(%x), dimensions={0}", 1024 + 2048),
+        ('bf16[64,8]{1,0} custom-call(), custom_call_target="AllocateBuffer"', 0),
     ],
 )
-def test_bytes_of_transfers_beside_computation(line, moved):
+def test_bytes_that_one_instruction_moves(line, moved):
     text = f"ENTRY %main (x: bf16[64,8]) -> bf16[64,8] {{\n  %x = bf16[64,8]{{1,0}} parameter(0)\n  %t = {line}\n}}\n"
     module = hlo.parse(text)
     assert hlo.hbm_bytes(module, "main", module.computations["main"]["t"]) == moved
+
+
+UPDATED = """
+%write (p: bf16[64,8], p.1: s32[4,1], p.2: bf16[4,8]) -> bf16[64,8] {
+  %p = bf16[64,8]{1,0} parameter(0)
+  %p.1 = s32[4,1]{1,0} parameter(1)
+  %p.2 = bf16[4,8]{1,0} parameter(2)
+  ROOT %s = bf16[64,8]{1,0} scatter(%p, %p.1, %p.2), to_apply=%set
+}
+
+ENTRY %main (x: bf16[64,8], i: s32[4,1], u: bf16[4,8]) -> bf16[64,8] {
+  %x = bf16[64,8]{1,0} parameter(0)
+  %i = s32[4,1]{1,0} parameter(1)
+  %u = bf16[4,8]{1,0} parameter(2)
+  %alone = bf16[64,8]{1,0} scatter(%x, %i, %u), to_apply=%set
+  ROOT %fused = bf16[64,8]{1,0} fusion(%alone, %i, %u), kind=kCustom, calls=%write
+}
+"""
+
+
+@pytest.mark.parametrize(("name", "moved"), [("alone", 2 * 64), ("fused", 2 * 64 + 4 * 4)])
+def test_rows_that_are_scattered_into_a_large_array_count_and_the_array_does_not(name, moved):
+    module = hlo.parse(UPDATED)
+    assert hlo.hbm_bytes(module, "main", module.computations["main"][name]) == moved
 
 
 BESIDE = """
