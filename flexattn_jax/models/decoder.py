@@ -133,8 +133,8 @@ class Decoder(nn.Module):
 
     def embed(self, token_ids: jax.Array) -> jax.Array:
         """token_ids (B, T) int32 -> (B, T, D)."""
-        # Brought together first: looked up in parts, rows would go from device to device.
-        table = constrain(self.embedding.astype(self.config.dtype), None, None)
+        # Parts that samples are split over, too, are brought together: looked up there, rows would travel.
+        table = constrain(self.embedding.astype(self.config.dtype), "vocab", None)
         return constrain(table[token_ids], "batch", None, None)
 
     def head(self) -> jax.Array:
