@@ -13,6 +13,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo as dialect
 
 from flexattn_jax.costs.hlo import Assumed
+from flexattn_jax.ops.rope import SCOPE
 
 _RANKINGS = ("stablehlo.sort", "chlo.top_k")
 
@@ -22,7 +23,8 @@ class Counts:
     """What a lowered program holds.
 
     operations: operations in the text, whatever their turns: what compile time follows.
-    flops: of products and convolutions (a multiply-add is two), loop bodies times their turns, on all devices together.
+    flops: of products and convolutions (a multiply-add is two), loop bodies times their turns, on all devices together;
+      without products that only move numbers (`ops.rope.SCOPE`), and without sums of elementwise products.
     data_loops: loops whose turns depend on data.
     rankings: (operation, length of the axis that it ranks) of every sort and top_k.
     constraints: sharding constraints.
@@ -78,7 +80,7 @@ class _Totals:
 
     def _one(self, op: Any) -> tuple[float, int]:
         if op.name == "stablehlo.dot_general":
-            return _dot_flops(op), 0
+            return (0.0 if SCOPE in str(op.location) else _dot_flops(op)), 0
         if op.name == "stablehlo.convolution":
             return _convolution_flops(op), 0
         if op.name == "func.call":
@@ -107,7 +109,7 @@ def trip_count(loop: Any) -> int | None:
         return None
     if dialect.ComparisonDirectionAttr(compare.attributes["comparison_direction"]).value != "LT":
         return None
-    counter, limit = compare.operands
+    counter, limit = map(_unconstrained, compare.operands)
     places = [i for i, argument in enumerate(condition.arguments) if argument == counter]
     if not places:
         return None
@@ -141,9 +143,16 @@ def _last(block: Any) -> Any:
 
 
 def _owner(value: Any) -> Any:
-    """The operation that makes a value; None for a block's argument."""
-    owner = value.owner
+    """The operation that makes a value, sharding aside; None for a block's argument."""
+    owner = _unconstrained(value).owner
     return None if isinstance(owner, ir.Block) else owner
+
+
+def _unconstrained(value: Any) -> Any:
+    """The value before its sharding was constrained."""
+    while not isinstance(value.owner, ir.Block) and value.owner.name == "sdy.sharding_constraint":
+        value = value.owner.operands[0]
+    return value
 
 
 def _number(value: Any) -> int | None:

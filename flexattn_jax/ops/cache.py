@@ -64,7 +64,7 @@ def new_cache(config: VLMConfig, batch: int, length: int, pictures: bool) -> dic
             return cache
         cells = cell_tokens(config.highres_grid, config.flexattention.cell_grid)[0].shape
         return cache.replace(
-            key_hd=jnp.zeros((*lead, batch, *cells, width), dtype),
+            key_hd=jax.lax.empty((*lead, batch, *cells, width), dtype),  # read where `projected` says so
             projected=jnp.zeros((*lead, batch, cells[0]), bool),
         )
 

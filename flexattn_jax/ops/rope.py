@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+SCOPE = "exchange_halves"  # a product that moves numbers and computes none: not among a model's operations
+
 
 def rope_table(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of the rotation angles, float32.
@@ -34,6 +36,20 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     Returns:
       (..., heads, d) in the type of x; computed in float32.
     """
+    return jax.lax.platform_dependent(x, cos[..., None, :], sin[..., None, :], tpu=by_product, default=by_halves)
+
+
+def by_halves(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """`apply_rope` with cos and sin (..., 1, d/2)."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[..., None, :], sin[..., None, :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def by_product(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """The same for TPU, whose registers are 128 numbers wide and slow at exchanging halves: a product does that."""
+    half = cos.shape[-1]
+    exchange = jnp.eye(2 * half, k=half, dtype=x.dtype) - jnp.eye(2 * half, k=-half, dtype=x.dtype)
+    with jax.named_scope(SCOPE):  # (-second, first), exactly
+        exchanged = jax.lax.dot_general(x, exchange, (((x.ndim - 1,), (0,)), ((), ())), precision="highest")
+    cos, sin = (jnp.concatenate([part, part], axis=-1) for part in (cos, sin))
+    return (x.astype(jnp.float32) * cos + exchanged.astype(jnp.float32) * sin).astype(x.dtype)

@@ -1,8 +1,11 @@
 """Rotary embeddings against their definition."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from flexattn_jax.ops.rope import apply_rope, rope_table
+from flexattn_jax.ops.rope import apply_rope, by_halves, by_product, rope_table
 
 
 def test_rope_turns_each_channel_pair_by_its_own_angle():
@@ -31,3 +34,18 @@ def test_attention_logits_depend_on_distance_alone():
         )
 
     np.testing.assert_allclose(logit(5, 2), logit(105, 102), atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [("float32", 1e-6), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_a_product_exchanges_halves_as_exactly_as_cutting_does(dtype, rounding, heads):
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.normal(size=(2, 5, heads, 8)), dtype)
+    tables = rope_table(jnp.asarray(rng.integers(0, 4096, (2, 5, 1))), 8, 1e4)
+    slope = jnp.asarray(rng.normal(size=x.shape), dtype)
+    (ours, our_pull), (theirs, their_pull) = (
+        jax.vjp(lambda x, rotate=rotate: rotate(x, *tables), x) for rotate in (by_product, by_halves)
+    )
+    np.testing.assert_array_equal(ours, theirs)
+    ours, theirs = (np.float32(pull(slope)[0]) for pull in (our_pull, their_pull))
+    np.testing.assert_allclose(ours, theirs, rtol=rounding, atol=rounding)
