@@ -226,6 +226,9 @@ def project_values(features: jax.Array, value_kernel: jax.Array, width: int) -> 
     batch, rows, heads, inputs = features.shape
     kernel = value_kernel.reshape(-1, width, inputs).astype(features.dtype)
     grouped = features.reshape(batch, rows, len(kernel), -1, inputs)
+    if batch * rows * grouped.shape[3] == 1:  # a batched product would have TPUs copy the kernel twice
+        products = kernel.astype(jnp.float32) * grouped[0, 0].astype(jnp.float32)
+        return products.sum(axis=-1).astype(features.dtype).reshape(batch, rows, heads, width)
     return jnp.einsum("brjgk,jdk->brjgd", grouped, kernel).reshape(batch, rows, heads, width)
 
 
