@@ -83,11 +83,11 @@ _MINI = {
     "dense": System("LLaVA-1.5-HD, every token in the sequence", "LLaVA-1.5-HD", "dense"),
     "xattn": System("LLaVA-XAttn, cross-attention in every layer", "LLaVA-XAttn", "xattn"),
     "vistog": System("VisToG, 16 tokens", "VisToG", "vistog"),
-    **_flex("flex", "FlexAttention", "8 cells"),
+    **_flex("flex", "FlexAttention", "4 cells"),
     "all": System("FlexAttention, trained with every cell", "FlexAttention, every cell", "all"),
     "random": System("FlexAttention, trained with random cells", "FlexAttention, random cells", "random"),
-    **_cells(4),
-    **_cells(16),
+    **_cells(2),
+    **_cells(8),
     **{
         name: system
         for method in TRAINING_FREE
@@ -105,10 +105,10 @@ _MINI = {
 
 _MINI_ABLATION = {
     "lowres": _MINI["lowres"],
-    **_flex("flex", "FlexAttention", "8 cells"),
-    **{name: system for count in (1, 2, 4, 16, 32) for name, system in _cells(count).items()},
+    **_flex("flex", "FlexAttention", "4 cells"),
+    **{name: system for count in (1, 2, 8, 16, 24) for name, system in _cells(count).items()},
     **_SELECTORS,
-    **_flex("flex_grid_4", "FlexAttention, 4 x 4 cells", cell_grid=4, capacity=2),  # as many tokens
+    **_flex("flex_grid_3", "FlexAttention, 3 x 3 cells", cell_grid=3, capacity=1),  # as many tokens
     **_flex("flex_from_2", "FlexAttention, first layer 2", first_layer=2),
     **_flex("flex_from_3", "FlexAttention, first layer 3", first_layer=3),
 }
