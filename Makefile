@@ -36,6 +36,7 @@ train-mini: $(READY)
 # Every arm with three seeds, and all that docs/mini.md tells of them.
 study: $(READY)
 	$(RUN) tools/mini_study.py --out=$(MINI) --seeds=0,1,2
+	$(RUN) tools/mini_charts.py --out=$(MINI) --picture=$(MINI)/study.png
 
 # The tables of docs/performance.md, each in about ten minutes on two cores that do nothing else.
 bench bench-training bench-parts bench-transformers: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1

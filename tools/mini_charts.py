@@ -8,6 +8,7 @@ Of all seeds and tests that are there; what is missing is not drawn, and said.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import runpy
 from collections.abc import Iterator, Mapping, Sequence
@@ -98,7 +99,7 @@ def draw_sizes(axes: Any, seeds: Sequence[Path]) -> None:
         if not records:
             continue
         points = []
-        for low, high in zip(SIZES, SIZES[1:], strict=False):
+        for low, high in itertools.pairwise(SIZES):
             within = [r["correct"] for r in records if low <= r["size"] < high + (high == SIZES[-1])]
             if within:
                 points.append(((low + high) / 2, sum(within), len(within)))
@@ -113,7 +114,8 @@ def draw_cells(axes: Any, seeds: Sequence[Path]) -> None:
     for preset_name, style in (("standard", "-"), ("crowded", "--")):
         test = f"flex-{preset_name}-test-data0-own"
         counts = {k: f"{test}-capacity{k}" for k in (1, 2, 8, 16)} | {trained: test, every: f"{test}-selectorall"}
-        having = [seed for seed in seeds if all((seed / "tests" / f"{name}.json").is_file() for name in counts.values())]
+        files = [f"tests/{name}.json" for name in counts.values()]
+        having = [seed for seed in seeds if all((seed / file).is_file() for file in files)]
         if not having:
             print(f"no seed was tested with every number of cells on {preset_name}: not drawn")
             continue
