@@ -10,19 +10,19 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import runpy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from mini_study import CAPACITIES, EVERY_CELL, RECIPE, Test, keeping, stage_of
 
 from flexattn_jax.config import preset
 from flexattn_jax.evaluation.metrics import wilson_interval
 from flexattn_jax.inputs.datasets.vsearch_examples import ATTRIBUTES
+from flexattn_jax.training.logging import METRICS
 
-PARTS = tuple(runpy.run_path(str(Path(__file__).parents[1] / "configs" / "train_mini.py"))["PARTS"])
 COLOURS = {"flex": "#D55E00", "twin": "#0072B2", "random": "#009E73", "all": "#E69F00"}  # Okabe and Ito's
 TITLES = {
     "flex": "FlexAttention",
@@ -57,30 +57,26 @@ def main() -> None:
 
 def draw_learning(axes: Any, seeds: Sequence[Path]) -> None:
     """Loss on validation pictures against steps, part after part, a line for each seed."""
-    borders: list[int] = []
+    borders = set()
     for arm in ("flex", "twin"):
-        drawn = False
-        for seed in seeds:
-            found = list(losses(seed, arm))
-            if not found:
-                continue
-            for i, (first, points) in enumerate(found):
-                label = TITLES[arm] if not drawn else None
-                axes.plot(*zip(*points, strict=True), color=COLOURS[arm], marker=".", linewidth=1, label=label)
-                drawn = True
-                borders = [*borders, first] if i and first not in borders else borders
-        if not drawn:
-            print(f"no metrics.jsonl of {arm}: its learning is not drawn")
+        found = [part for seed in seeds for part in losses(seed, arm)]
+        if not found:
+            print(f"no {METRICS} of {arm}: its learning is not drawn")
+        for i, (_, points) in enumerate(found):
+            label = None if i else TITLES[arm]
+            axes.plot(*zip(*points, strict=True), color=COLOURS[arm], marker=".", linewidth=1, label=label)
+        borders |= {first for first, _ in found} - {0}
     for border in borders:
         axes.axvline(border, color="#BBBBBB", linewidth=0.6, linestyle=":")
-    axes.set(xlabel=f"steps: {', '.join(PARTS)}", ylabel="loss on validation pictures", ylim=0, title="learning")
+    parts = ", ".join(RECIPE["PARTS"])
+    axes.set(xlabel=f"steps: {parts}", ylabel="loss on validation pictures", ylim=0, title="learning")
 
 
 def losses(seed: Path, arm: str) -> Iterator[tuple[int, list[tuple[int, float]]]]:
     """For each part that has been trained, the step before it, and steps with their losses."""
     first = 0
-    for part in PARTS:
-        file = seed / (arm if part == PARTS[-1] else f"{arm}-{part}") / "metrics.jsonl"
+    for part in RECIPE["PARTS"]:
+        file = seed / stage_of(arm, part).replace(",", "-") / METRICS
         if not file.is_file():
             return
         lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -92,8 +88,8 @@ def losses(seed: Path, arm: str) -> Iterator[tuple[int, list[tuple[int, float]]]
 
 def draw_sizes(axes: Any, seeds: Sequence[Path]) -> None:
     """Accuracy against the longer side of the object that is asked about."""
-    tests = {"flex": "flex-standard-test-data0-own", "twin": "twin-standard-test-data0-own"}
-    tests |= {"random": "flex-standard-test-data0-random", "all": "flex-standard-test-data0-own-selectorall"}
+    tests = {"flex": Test("flex"), "twin": Test("twin")}
+    tests |= {"random": Test("flex", swap="random"), "all": Test("flex", overrides=EVERY_CELL)}
     for name, test in tests.items():
         records = asked(seeds, test)
         if not records:
@@ -103,51 +99,51 @@ def draw_sizes(axes: Any, seeds: Sequence[Path]) -> None:
             within = [r["correct"] for r in records if low <= r["size"] < high + (high == SIZES[-1])]
             if within:
                 points.append(((low + high) / 2, sum(within), len(within)))
-        _draw_accuracy(axes, points, name)
+        draw_accuracy(axes, points, COLOURS[name], TITLES[name])
     axes.set(xlabel="object's longer side, px of 512", ylabel="colour of 4, % (95 % interval)", title="object size")
     axes.axhline(25, color="#999999", linewidth=0.8, linestyle=":")
 
 
 def draw_cells(axes: Any, seeds: Sequence[Path]) -> None:
     """Accuracy against the cells that a row reads in a layer, with weights trained for one number of them."""
-    trained, every = preset("mini").flexattention.capacity, preset("mini").flexattention.num_cells
+    mini = preset("mini").flexattention
+    trained, every = mini.capacity, mini.num_cells
     for preset_name, style in (("standard", "-"), ("crowded", "--")):
-        test = f"flex-{preset_name}-test-data0-own"
-        counts = {k: f"{test}-capacity{k}" for k in (1, 2, 8, 16)} | {trained: test, every: f"{test}-selectorall"}
-        files = [f"tests/{name}.json" for name in counts.values()]
-        having = [seed for seed in seeds if all((seed / file).is_file() for file in files)]
+        tests = {k: Test("flex", preset_name, overrides=keeping(k)) for k in CAPACITIES}
+        tests |= {trained: Test("flex", preset_name), every: Test("flex", preset_name, overrides=EVERY_CELL)}
+        having = [seed for seed in seeds if all(test.file(seed).is_file() for test in tests.values())]
         if not having:
             print(f"no seed was tested with every number of cells on {preset_name}: not drawn")
             continue
-        answers = {count: asked(having, name) for count, name in sorted(counts.items())}
+        answers = {count: asked(having, test) for count, test in sorted(tests.items())}
         points = [(count, sum(r["correct"] for r in records), len(records)) for count, records in answers.items()]
-        _draw_accuracy(axes, points, "flex", style, f"{preset_name}, {len(having)} seed" + "s" * (len(having) > 1))
+        label = f"{preset_name}, {len(having)} seed" + "s" * (len(having) > 1)
+        draw_accuracy(axes, points, COLOURS["flex"], label, style)
     axes.axvline(trained, color="#BBBBBB", linewidth=0.6, linestyle=":")
     axes.set(xscale="log", xlabel=f"cells read in a layer, of {every} (trained with {trained})", title="cells read")
-    axes.set_xticks([1, 2, 4, 8, 16, every], map(str, [1, 2, 4, 8, 16, every]))
+    ticks = sorted({*CAPACITIES, trained, every})
+    axes.set_xticks(ticks, map(str, ticks))
     axes.minorticks_off()
 
 
-def asked(seeds: Sequence[Path], test: str) -> list[Mapping[str, Any]]:
+def asked(seeds: Sequence[Path], test: Test) -> list[Mapping[str, Any]]:
     """Records of all seeds' questions for a colour; nothing, and a message, where no seed was tested."""
-    files = [seed / "tests" / f"{test}.json" for seed in seeds]
+    files = [test.file(seed) for seed in seeds]
     found = [record for file in files if file.is_file() for record in json.loads(file.read_text())]
     if not found:
-        print(f"no seed has tests/{test}.json: it is not drawn")
+        print(f"no seed has tests/{test.name}.json: it is not drawn")
     return [record for record in found if record["form"] == ATTRIBUTES]
 
 
-def _draw_accuracy(
-    axes: Any, points: Sequence[tuple[float, int, int]], name: str, style: str = "-", label: str = ""
+def draw_accuracy(
+    axes: Any, points: Sequence[tuple[float, int, int]], colour: str, label: str, style: str = "-"
 ) -> None:
     """Points (x, right, all) with their intervals."""
     x, accuracy = [point[0] for point in points], [100 * right / n for _, right, n in points]
-    ends = [[100 * end for end in wilson_interval(right, n)] for _, right, n in points]
-    reach = [[y - end[0] for y, end in zip(accuracy, ends, strict=True)]]
-    reach += [[end[1] - y for y, end in zip(accuracy, ends, strict=True)]]
-    axes.errorbar(
-        x, accuracy, reach, color=COLOURS[name], linestyle=style, marker="o", markersize=4, capsize=2, linewidth=1.1
-    ).set_label(label or TITLES[name])
+    ends = zip(*(wilson_interval(right, n) for _, right, n in points), strict=True)
+    reach = [[abs(100 * end - y) for end, y in zip(side, accuracy, strict=True)] for side in ends]
+    look = {"color": colour, "linestyle": style, "marker": "o", "markersize": 4, "capsize": 2, "linewidth": 1.1}
+    axes.errorbar(x, accuracy, reach, label=label, **look)
 
 
 if __name__ == "__main__":

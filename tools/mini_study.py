@@ -32,6 +32,8 @@ from flexattn_jax.training.search import SearchSource
 from flexattn_jax.training.views import VIEWS, keep_views
 
 ARMS = ("twin", "flex", "all", "random")
+CAPACITIES = (1, 2, 8, 16)  # read by weights that were trained with another one
+EVERY_CELL = (("flexattention.selector", "all"),)
 ROOT = Path(__file__).parents[1]
 RECIPE = runpy.run_path(str(ROOT / "configs" / "train_mini.py"))  # its PARTS, and which are whose
 
@@ -52,6 +54,15 @@ class Test:
         parts = [self.arm, self.preset, self.split, f"data{self.data_seed}", self.swap or "own"]
         return "-".join(parts + [f"{key.split('.')[-1]}{value}" for key, value in self.overrides])
 
+    def file(self, seed_folder: Path) -> Path:
+        """Where a seed's answers are kept."""
+        return seed_folder / "tests" / f"{self.name}.json"
+
+
+def keeping(capacity: int) -> tuple[tuple[str, int], ...]:
+    """Overrides: cells that a row keeps in a layer."""
+    return (("flexattention.capacity", capacity),)
+
 
 def tests() -> Iterator[Test]:
     """Everything that docs/mini.md tells."""
@@ -60,9 +71,9 @@ def tests() -> Iterator[Test]:
             yield Test(arm, preset)
         for swap in ("random", "other_question", "objects"):
             yield Test("flex", preset, swap=swap)
-        for capacity in (1, 2, 8, 16):
-            yield Test("flex", preset, overrides=(("flexattention.capacity", capacity),))
-        yield Test("flex", preset, overrides=(("flexattention.selector", "all"),))
+        for capacity in CAPACITIES:
+            yield Test("flex", preset, overrides=keeping(capacity))
+        yield Test("flex", preset, overrides=EVERY_CELL)
         yield Test("flex", preset, overrides=(("flexattention.enabled", False),))
         for arm in ("twin", "flex"):
             yield Test(arm, preset, split="test_art")
@@ -73,10 +84,16 @@ def train_arm(arm: str, folder: Path, tower: Path, settings: Sequence[str]) -> N
     """Trains an arm part by part (configs/train_mini.py), beginning with a model that has the tower."""
     before = tower
     for part in RECIPE["PARTS"]:
-        name = RECIPE["BEGUN_AS"].get(arm, arm) if part in RECIPE["BEFORE_SELECTION"] else arm
-        stage, place = (arm, folder / arm) if part == "answers" else (f"{name},{part}", folder / f"{name}-{part}")
+        stage = stage_of(arm, part)
+        place = folder / stage.replace(",", "-")
         train(stage, place, f"--config.start.checkpoint={before}", *settings)
         before = place / "model"
+
+
+def stage_of(arm: str, part: str) -> str:
+    """What an arm's part is called after the colon of configs/train_mini.py; with "-" for ",", its folder."""
+    name = RECIPE["BEGUN_AS"].get(arm, arm) if part in RECIPE["BEFORE_SELECTION"] else arm
+    return arm if part == "answers" else f"{name},{part}"
 
 
 def train(stage: str, workdir: Path, *settings: str) -> None:
@@ -171,8 +188,8 @@ def main() -> None:
         records = []
         for seed in seeds:
             folder = arguments.out / f"seed{seed}"
-            file = folder / "tests" / f"{test.name}.json"
-            records.append(run_test(test, folder / test.arm / "model", file, arguments.data_dir, arguments.pictures))
+            model = folder / test.arm / "model"
+            records.append(run_test(test, model, test.file(folder), arguments.data_dir, arguments.pictures))
         summary = results[test.name] = summarise(records)
         shown = [f"{form} {100 * summary[form]['accuracy']:.1f} (n {summary[form]['n']})" for form in FORMS]
         hits = f", asked {summary['asked']:.2f}, others {summary['others']:.2f}" if "asked" in summary else ""

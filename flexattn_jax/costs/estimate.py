@@ -57,7 +57,7 @@ def estimate(text: str, assumed: hlo.Assumed | None = None) -> Estimate:
         # TPU's compiler also starts collectives in fusions.
         collective = hlo.started_collective(module, instruction) or instruction
         kind = collective.opcode.removesuffix("-start")
-        if _in_scope(instruction, SCOPE):
+        if _selects(instruction):
             selecting += 1
             selecting_collectives += kind in hlo.COLLECTIVES
         if kind in hlo.COLLECTIVES:
@@ -97,10 +97,9 @@ def roofline_seconds(flops: float, hbm_bytes: float, chip: Chip | None) -> float
     return None if chip is None else max(flops / chip.flops, hbm_bytes / chip.bandwidth)
 
 
-def _in_scope(instruction: hlo.Instruction, scope: str) -> bool:
-    """Whether it came about under `jax.named_scope(scope)`, or is the gradient of what did."""
+def _selects(instruction: hlo.Instruction) -> bool:
     found = re.search(r'op_name="([^"]*)"', instruction.attributes)
-    return found is not None and scope in re.split(r"[/()]", found[1])
+    return found is not None and hlo.in_scope(found[1], SCOPE)
 
 
 def _result_bytes(instruction: hlo.Instruction) -> float:

@@ -276,6 +276,11 @@ def array_bytes(kind: str, space: int | None = None) -> float:
     return total
 
 
+def in_scope(path: str, scope: str) -> bool:
+    """Whether an operation of that path, or what it is the gradient of, came about under `jax.named_scope(scope)`."""
+    return scope in re.split(r'[/()"]', path)
+
+
 def hbm_bytes(module: Module, computation: str, instruction: Instruction) -> float:
     """Bytes that one execution reads from and writes to HBM.
 

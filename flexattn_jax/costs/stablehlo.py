@@ -12,7 +12,7 @@ from jax import stages
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo as dialect
 
-from flexattn_jax.costs.hlo import Assumed
+from flexattn_jax.costs.hlo import Assumed, in_scope
 from flexattn_jax.ops.rope import SCOPE
 
 _RANKINGS = ("stablehlo.sort", "chlo.top_k")
@@ -80,7 +80,7 @@ class _Totals:
 
     def _one(self, op: Any) -> tuple[float, int]:
         if op.name == "stablehlo.dot_general":
-            return (0.0 if SCOPE in str(op.location) else _dot_flops(op)), 0
+            return (0.0 if in_scope(str(op.location), SCOPE) else _dot_flops(op)), 0
         if op.name == "stablehlo.convolution":
             return _convolution_flops(op), 0
         if op.name == "func.call":

@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from flexattn_jax.config import preset
+
 TRAINING_FREE = {
     "fastv": "FastV",
     "pyramiddrop": "PyramidDrop",
@@ -78,12 +80,14 @@ _SELECTORS = {
 _MINI_RECIPE = "python tools/mini_study.py --out={models} --arms={arm} --seeds={seed} --train"
 _MINI_ARMS = ("twin", "dense", "xattn", "vistog", "flex", "all", "random")
 
+_KEPT = f"{preset('mini').flexattention.capacity} cells"
+
 _MINI = {
     "lowres": System("LLaVA-1.5, low resolution alone", "LLaVA-1.5", "twin"),
     "dense": System("LLaVA-1.5-HD, every token in the sequence", "LLaVA-1.5-HD", "dense"),
     "xattn": System("LLaVA-XAttn, cross-attention in every layer", "LLaVA-XAttn", "xattn"),
     "vistog": System("VisToG, 16 tokens", "VisToG", "vistog"),
-    **_flex("flex", "FlexAttention", "4 cells"),
+    **_flex("flex", "FlexAttention", _KEPT),
     "all": System("FlexAttention, trained with every cell", "FlexAttention, every cell", "all"),
     "random": System("FlexAttention, trained with random cells", "FlexAttention, random cells", "random"),
     **_cells(2),
@@ -105,7 +109,7 @@ _MINI = {
 
 _MINI_ABLATION = {
     "lowres": _MINI["lowres"],
-    **_flex("flex", "FlexAttention", "4 cells"),
+    "flex": _MINI["flex"],
     **{name: system for count in (1, 2, 8, 16, 24) for name, system in _cells(count).items()},
     **_SELECTORS,
     **_flex("flex_grid_3", "FlexAttention, 3 x 3 cells", cell_grid=3, capacity=1),  # as many tokens
