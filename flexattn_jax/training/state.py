@@ -17,6 +17,9 @@ from flexattn_jax.config import VLMConfig
 from flexattn_jax.training.optimizer import Optimizer, OptimizerConfig, join_params, split_params
 
 INIT_DEVIATION = 0.02
+# Drawn by width: deviations, and what begins as an identity.
+_BY_WIDTH = {"decoder/embedding": 0.3, "grouping/semantic_tokens": 1.0}
+_IDENTITIES = ("grouping/v_proj/kernel", "grouping/o_proj/kernel")
 
 
 @flax.struct.dataclass
@@ -79,24 +82,30 @@ def draw_params(
     Args:
       by_width: in place of 0.02, which suits widths of thousands: connector and decoder's kernels have the variance
         1 / inputs, the MLPs' last ones 1 / (2 layers) of that, and the embedding has the deviation 0.3. At width 96
-        what attention brings then stands out from what MLPs that know nothing yet add to it.
+        what attention brings then stands out from what MLPs that know nothing yet add to it. Grouping's semantic tokens
+        have the deviation 1, its queries' and keys' kernels the variance 4 / inputs, so that patches and not the noise
+        say where they belong; values and output begin as identities: a group is what the connector knows, a mean.
       only: paths of the leaves to draw; None: all.
     """
     drawn = {}
     for path, shape in layouts.leaf_shapes(config).items():
         if only is None or path in only:
+            if by_width and path in _IDENTITIES:
+                drawn[path] = np.eye(*shape, dtype=np.float32)
+                continue
             deviation = _deviation(path, shape, config) if by_width else INIT_DEVIATION
             drawn[path] = _draw(path, shape, seed, deviation)
     return nest(drawn)
 
 
 def _deviation(path: str, shape: tuple[int, ...], config: VLMConfig) -> float:
-    if path == "decoder/embedding":
-        return 0.3
-    if not path.endswith("/kernel") or not path.startswith(("connector/", "decoder/")):
+    if path in _BY_WIDTH:
+        return _BY_WIDTH[path]
+    if not path.endswith("/kernel") or not path.startswith(("connector/", "decoder/", "grouping/")):
         return INIT_DEVIATION
     quiet = path.endswith("/down_proj/kernel")
-    return (shape[-1] * (2 * config.decoder.num_layers if quiet else 1)) ** -0.5
+    gain = 2 if path.startswith("grouping/") else 1
+    return gain * (shape[-1] * (2 * config.decoder.num_layers if quiet else 1)) ** -0.5
 
 
 def _draw(path: str, shape: tuple[int, ...], seed: int, deviation: float) -> np.ndarray:

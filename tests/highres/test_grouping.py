@@ -19,6 +19,7 @@ from flexattn_jax.config import ConfigError, GroupingConfig, override, preset
 from flexattn_jax.evaluation.pictures import draw_groups
 from flexattn_jax.highres.grouping import Grouping, assign
 from flexattn_jax.models.vlm import VLM
+from flexattn_jax.training.state import draw_params
 from flexattn_jax.training.views import keep_views
 
 LLAVA = override(preset("tiny"), PLAIN)
@@ -42,6 +43,21 @@ def test_the_towers_features_are_the_same_to_the_bit(seen):
     without = see(LLAVA, params, pixels)
     np.testing.assert_array_equal(views.lowres, without.lowres)
     assert views.semantic.shape == (2, 6, 32) and without.semantic is None
+
+
+def test_drawn_by_width_a_group_begins_as_its_token_and_the_mean_of_its_patches():
+    config = override(preset("mini"), PLAIN | {"grouping.groups": 6})
+    drawn, rng = draw_params(config, 3, by_width=True)["grouping"], np.random.default_rng(0)
+    patches = rng.standard_normal((2, 36, config.vision.width)).astype(np.float32)
+    layer = Grouping(config.grouping, config.vision.width, jnp.float32)
+    tokens = layer.apply({"params": drawn}, 2, method=Grouping.tokens)
+    groups, member = layer.apply({"params": drawn}, patches, tokens, None)
+    for b in range(2):
+        assert len(set(np.asarray(member[b]).tolist())) > 1
+        for i in range(6):
+            own = patches[b, np.asarray(member[b]) == i]
+            expected = drawn["semantic_tokens"][i] + own.sum(axis=0) / (1 + len(own))
+            np.testing.assert_allclose(groups[b, i], expected, atol=1e-5)
 
 
 @pytest.mark.slow
