@@ -259,13 +259,17 @@ def _normal(case: Case, settings: Settings) -> Case:
 
 
 def compiler_options(case: Case) -> dict[str, str]:
-    """`case.options` as a dictionary; ConfigError if it is not written as flags are."""
-    found = {}
+    """`case.options` as a dictionary, above what its target needs; ConfigError if it is not written as flags are.
+
+    Without the card XLA cannot try its own matrix kernels (Triton's), and takes tiles that do not fit some programs:
+    products are left to cuBLAS there.
+    """
+    found = {"xla_gpu_enable_triton_gemm": "False"} if parse_target(case.target).platform == "cuda" else {}
     for flag in case.options.split():
         match = re.fullmatch(r"--(\w+)=(.+)", flag)
         if match is None:
             raise ConfigError(f"options has {flag!r}; write compiler options as --xla_name=value, sets of them with ;")
-        found[match[1]] = match[2]
+        found[match[1]] = match[2].capitalize() if match[2] in ("true", "false") else match[2]  # as XLA spells them
     return found
 
 

@@ -125,6 +125,8 @@ def test_compiler_options_are_an_axis():
     cases = expand(settings(programs="decode", systems="lowres", targets="cpu", layers="scanned", options=";--xla_a=1"))
     assert [compiler_options(case) for case in cases] == [{}, {"xla_a": "1"}]
     assert "--xla_a=1" in cases[1].name
+    card = Case("lowres", "decode", "h100", options="--xla_b=true")  # XLA cannot try its kernels without the card
+    assert compiler_options(card) == {"xla_gpu_enable_triton_gemm": "False", "xla_b": "True"}
 
 
 def test_targets_are_names_with_a_shape():
