@@ -203,7 +203,7 @@ def _selection_line(selection: dict[str, Any]) -> str:
     layers = selection["layers"]
     kept = " ".join(f"{layer['mean_cells_kept']:.0f}" for layer in layers.values())
     overflow = selection["overflow"]
-    dropped = f"the capacity dropped {overflow} cells in all rows, the options' included"
+    dropped = f"{overflow} cells, counted over all rows, came after the strongest that a row keeps, and were left out"
     return (
         f"High resolution: a layer kept {selection['mean_cells_kept']:.1f} of {selection['cells']} cells "
         f"({100 * selection['mean_share']:.1f} %) for the last prompt row; "

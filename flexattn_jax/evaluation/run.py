@@ -210,7 +210,8 @@ def _checkpoint(settings: Mapping[str, Any]) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         demo.write_random_checkpoint(folder)
     if not (folder / "config.json").is_file():  # asked first: of a wrong folder, say /, every file would be read
-        raise HarnessError(f"the checkpoint {folder} has no config.json; give the right --config.checkpoint")
+        wrong = "has no config.json" if folder.exists() else "does not exist"
+        raise HarnessError(f"the checkpoint {folder} {wrong}; give the right --config.checkpoint")
     return folder
 
 

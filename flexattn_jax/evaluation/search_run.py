@@ -93,28 +93,33 @@ def run_vsearch(settings: Mapping[str, Any], workdir: str | Path) -> dict[str, A
         raise HarnessError(f"arms is {settings['arms']}; name some of {', '.join(ARMS)}")
     if settings["limit"] < 0 or settings["pictures"] < 0:
         raise HarnessError("limit and pictures cannot be negative")
+    folders = {name: _model_folder(ARMS[name], models, settings) for name in settings["arms"]}
     rows = load_vsearch(settings["data_dir"] or None, settings["preset"], settings["split"], settings["seed"])
     count = min(settings["limit"] or len(rows), len(rows))
     examples = [decode_example(rows[k]) for k in range(count)]
     questions = {example.id: as_questions(example) for example in examples}
     results: dict[str, Any] = {"benchmark": "vsearch", "config": dict(settings), "pictures": count, "arms": {}}
-    for name in settings["arms"]:
-        arm = ARMS[name]
-        folder = next((f for f in (models / arm.model / "model", models / arm.model) if f.is_dir()), None)
-        if folder is None and not settings["models"] and len(settings["arms"]) > 1:
+    for name, folder in folders.items():
+        if folder is None:
             print(f"no model of `{name}` is packaged; `make study` trains it: --config.models=runs/mini/seed0")
             continue
-        if folder is None:
-            raise HarnessError(
-                f"there is no model in {models / arm.model}; give the folder of trained models, --config.models=DIR "
-                "(docs/mini.md says how they are trained)"
-            )
-        results["arms"][name] = _run_arm(arm, folder, settings, workdir / name, examples, questions)
+        results["arms"][name] = _run_arm(ARMS[name], folder, settings, workdir / name, examples, questions)
     write_json(workdir / "results.json", results)
     print_table(results)
     print(f"Written: {workdir / 'results.json'}, and for each arm predictions.jsonl", end="")
     print(f" and {settings['pictures']} pictures" if settings["pictures"] else "")
     return results
+
+
+def _model_folder(arm: Arm, models: Path, settings: Mapping[str, Any]) -> Path | None:
+    """Where an arm's model lies; None where several packaged ones are asked for and it is not among them."""
+    folder = next((f for f in (models / arm.model / "model", models / arm.model) if f.is_dir()), None)
+    if folder is None and (settings["models"] or len(settings["arms"]) == 1):
+        raise HarnessError(
+            f"there is no model in {models / arm.model}; give the folder of trained models, --config.models=DIR "
+            "(docs/mini.md says how they are trained)"
+        )
+    return folder
 
 
 def _run_arm(

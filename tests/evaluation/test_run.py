@@ -169,8 +169,10 @@ def test_mistakes(evaluate, data_dir, tmp_path):
         evaluate(data_dir=str(tmp_path / "nowhere"))
     with pytest.raises(HarnessError, match=r"no checkpoint is given.*senfu/llava-v1.5-7b-flexattn"):
         evaluate(checkpoint="")
-    with pytest.raises(HarnessError, match=r"has no config\.json"):
+    with pytest.raises(HarnessError, match="nowhere does not exist"):
         evaluate(checkpoint=str(tmp_path / "nowhere"))
+    with pytest.raises(HarnessError, match=r"has no config\.json"):
+        evaluate(checkpoint=str(tmp_path))
     with pytest.raises(HarnessError, match="limit is -1"):
         evaluate(limit=-1)
     with pytest.raises(HarnessError, match="scorer is 'best'"):
