@@ -80,11 +80,9 @@ def _values_by_element(
     for those of several samples is slower (5.0 against 2.9 ms for 8 samples of 16 heads x 64 and 700 keys on 2 cores).
     Heads stay last, as values have them: with keys last it takes as long as products."""
     logits = jnp.where(mask.swapaxes(1, 2), _logits_of_one_row(query, key), MASKED)  # (B, X, H)
-    top = jax.lax.stop_gradient(logits.max(axis=1, keepdims=True))
-    weights = jnp.exp(logits - top)
-    total = weights.sum(axis=1, keepdims=True)
-    products = (weights / total)[..., None] * value.reshape(*logits.shape, -1).astype(jnp.float32)
-    return products.sum(axis=1, keepdims=True).astype(value.dtype), top + jnp.log(total)
+    weights, lse = softmax(logits, axis=1)
+    products = weights[..., None] * value.reshape(*logits.shape, -1).astype(jnp.float32)
+    return products.sum(axis=1, keepdims=True).astype(value.dtype), lse[:, None]
 
 
 def _of_several_samples(query: jax.Array, key: jax.Array) -> bool:
@@ -119,12 +117,12 @@ def _head_by_head(
     return out.reshape(batch, rows, heads, width), lse.reshape(batch, rows, heads)
 
 
-def softmax(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Weights (..., X) and log-sum-exp (...) of logits (..., X) float32."""
-    top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+def softmax(logits: jax.Array, axis: int = -1) -> tuple[jax.Array, jax.Array]:
+    """Weights, as logits (..., X, ...) float32 with X at the axis, and log-sum-exp, without it."""
+    top = jax.lax.stop_gradient(logits.max(axis=axis, keepdims=True))
     weights = jnp.exp(logits - top)
-    total = weights.sum(axis=-1, keepdims=True)
-    return weights / total, (top + jnp.log(total))[..., 0]
+    total = weights.sum(axis=axis, keepdims=True)
+    return weights / total, (top + jnp.log(total)).squeeze(axis)
 
 
 def scaled_logits(query: jax.Array, key: jax.Array) -> jax.Array:

@@ -156,7 +156,7 @@ def _run(
     function, query = partial(function, width=width, causal=causal), _flat(query)
     if not apart:
         return function(mask, query, *arrays, rows_at_once=ROWS_AT_ONCE)
-    # Short blocks would skip more of a causal map, and take longer all the same, as TPU's compiler estimates it.
+    # Short blocks would skip more of a causal map of 2048 rows, and take longer all the same, as it is estimated.
     function = partial(function, rows_at_once=max(1, LOGITS_AT_ONCE // keys))
     kv_heads = arrays[0].shape[-1] // width
     return per_head(partial(_head_by_head, function, width), mask, query, *arrays, heads=kv_heads)

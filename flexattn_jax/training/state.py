@@ -92,9 +92,9 @@ def draw_params(
         if only is None or path in only:
             if by_width and path in _IDENTITIES:
                 drawn[path] = np.eye(*shape, dtype=np.float32)
-                continue
-            deviation = _deviation(path, shape, config) if by_width else INIT_DEVIATION
-            drawn[path] = _draw(path, shape, seed, deviation)
+            else:
+                deviation = _deviation(path, shape, config) if by_width else INIT_DEVIATION
+                drawn[path] = _draw(path, shape, seed, deviation)
     return nest(drawn)
 
 

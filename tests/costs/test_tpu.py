@@ -24,14 +24,19 @@ def measured(case: Case) -> dict:
     return found
 
 
-@pytest.mark.parametrize("target", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-@pytest.mark.parametrize("program", ["matmul", "attention"])
-def test_estimates_lie_between_the_roofline_and_a_few_times_it(program, target):
+# A roofline knows nothing of exponentials, which is what attention waits for where vector units are few.
+MISSED = pytest.mark.xfail(reason="5.4 and 6.7 x: a goal that is missed", raises=AssertionError, strict=True)
+CHECKED = [(program, target) for program in ("matmul", "attention") for target in ("v5e:2x2", "v5p:2x2x1")]
+CHECKED += [("matmul", "v4:2x2x1"), ("matmul", "v6e:2x2")]
+CHECKED += [pytest.param("attention", target, marks=MISSED) for target in ("v4:2x2x1", "v6e:2x2")]
+
+
+@pytest.mark.parametrize(("program", "target"), CHECKED)
+def test_estimates_lie_between_the_roofline_and_three_times_it(program, target):
     found = measured(Case("none", program, target, preset="none", text=0))
     deviation = found["estimated_seconds"] / found["roofline_seconds"]
     print(f"{program}, {target}: {deviation:.2f} x the roofline")
-    # A roofline knows nothing of exponentials, which is what attention waits for where vector units are few.
-    assert 1 <= deviation <= (7 if program == "attention" and target[:2] in ("v4", "v6") else 3)
+    assert 1 <= deviation <= 3
 
 
 # Wide enough that matrix products, and not the loop, are what is estimated.
