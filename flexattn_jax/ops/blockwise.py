@@ -1,4 +1,4 @@
-"""Attention by blocks of rows, for accelerators: as `attention.attend`, with a backward pass of its own.
+"""Attention by blocks of rows: as `attention.attend`, with a backward pass of its own.
 
 What is kept for the backward pass is the output and its log-sum-exp, not the map; the map of a block is computed again
 from them. In a causal map, what lies above a block of rows is not computed. With dO, dL the gradients of both:
@@ -7,8 +7,8 @@ from them. In a causal map, what lies above a block of rows is not computed. Wit
     dS = P * (dO v^T - rowsum(dO * O) + dL) / sqrt(d)
     dq = dS k     dk = dS^T q     dv = P^T dO
 
-On TPU large maps are computed one sample's one key head at a time: what one head needs stays on the chip, whereas the
-maps of all heads would go through HBM several times.
+Large maps are computed one sample's one key head at a time on TPU and CPU: what one head needs stays on the chip or in
+the cache, whereas the maps of all heads would go through memory several times.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from jax.ad_checkpoint import checkpoint_name
 from flexattn_jax.partitioning import per_head
 
 KEPT = "attention"  # name of the output and its log-sum-exp, for policies of rematerialisation
-ROWS_AT_ONCE = 512
-# Of one head. Where there are fewer, a loop over heads costs more than it saves; no more are made at once.
-FEW_LOGITS, LOGITS_AT_ONCE = 1 << 20, 1 << 23
+ROWS_AT_ONCE, CAUSAL_ROWS_ON_CPU = 512, 160
+# Of one head. Where there are fewer, a loop over heads costs more than it saves; no more are made at once on TPU.
+FEW_LOGITS, FEW_LOGITS_ON_CPU, LOGITS_AT_ONCE = 1 << 20, 1 << 12, 1 << 23
 LANES = 128  # of a TPU's registers: heads of such a width are cut out of an array without moving anything else
 # Logit of a key that may not be read. Finite, so that a row with no key at all stays free of NaN: its part then
 # weighs exp(-1e30 - lse) = 0 in a merge with any other part.
@@ -34,39 +34,40 @@ MASKED = -1e30
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def attend_by_rows(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, causal: bool, apart: bool = False
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, causal: bool, turns: str = "none"
 ) -> tuple[jax.Array, jax.Array]:
     """`attention.attend`; the mask (1 or B, 1 or T, 1 or X) is read where it is not causal.
 
     Args:
-      apart: large maps head by head, for TPU.
+      turns: large maps head by head, cut out where they lie ("slices", for TPU) or copied together before ("copies",
+        for CPU); "none": all heads together.
     """
-    return _forward(query, key, value, mask, causal, apart)
+    return _forward(query, key, value, mask, causal, turns)
 
 
 def _forward(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, causal: bool, apart: bool
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, causal: bool, turns: str
 ) -> tuple[jax.Array, jax.Array]:
-    apart = apart and _large(query, key)
-    attend = partial(_attend, total=_total_by_product if apart else _total)
-    out, lse = _run(attend, mask, query, key, value, causal=causal, apart=apart)
+    turns = _turns(turns, query, key)
+    attend = partial(_attend, total=_total_by_product if turns == "slices" else _total)
+    out, lse = _run(attend, mask, query, key, value, causal=causal, turns=turns)
     return out.reshape(query.shape), lse
 
 
 def _keep(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, causal: bool, apart: bool
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, causal: bool, turns: str
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
-    out, lse = (checkpoint_name(part, KEPT) for part in _forward(query, key, value, mask, causal, apart))
+    out, lse = (checkpoint_name(part, KEPT) for part in _forward(query, key, value, mask, causal, turns))
     return (out, lse), (query, key, value, mask, out, lse)
 
 
-def _backward(causal: bool, apart: bool, kept: tuple[jax.Array, ...], gradients: tuple[jax.Array, jax.Array]) -> tuple:
+def _backward(causal: bool, turns: str, kept: tuple[jax.Array, ...], gradients: tuple[jax.Array, jax.Array]) -> tuple:
     query, key, value, mask, out, lse = kept
     of_out, of_lse = gradients
     share = (of_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1) - of_lse  # (B, T, H)
     lse = jnp.maximum(lse, MASKED / 2)  # a row with no key has no weights
     arrays = query, key, value, lse, share, _flat(of_out.astype(value.dtype))
-    found = _run(_slopes, mask, *arrays, causal=causal, apart=apart and _large(query, key))
+    found = _run(_slopes, mask, *arrays, causal=causal, turns=_turns(turns, query, key))
     return found[0].reshape(query.shape), *found[1:], None
 
 
@@ -84,16 +85,15 @@ def _attend(
     total: Callable[[jax.Array], jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
     """Output (B, T, H*d) and log-sum-exp (B, T, H) of queries (B, T, H*d), d = width; `total` sums along rows."""
-    parts, batch = [], query.shape[0]
+    parts = []
     for rows, seen in _blocks(query.shape[1], rows_at_once, causal):
         own_query, own_key, own_value = _grouped(query, key, value, rows, seen, width)
         logits = _logits(own_query, own_key, mask, rows, causal)
         top = logits.max(axis=-1, keepdims=True)
         weights = jnp.exp(logits - top).astype(value.dtype)
-        sums = total(weights).transpose(0, 3, 1, 2, 4)  # (B, t, J, G, 1)
-        out = jnp.einsum("bjgtx,bxjd->btjgd", weights, own_value, preferred_element_type=jnp.float32) / sums
-        lse = top.transpose(0, 3, 1, 2, 4) + jnp.log(sums)
-        parts.append((out.astype(value.dtype).reshape(batch, -1, query.shape[2]), lse.reshape(*out.shape[:2], -1)))
+        sums = total(weights)
+        out = jnp.einsum("bjgtx,bjxd->bjgtd", weights, own_value, preferred_element_type=jnp.float32) / sums
+        parts.append((_rows_first(out.astype(value.dtype)), _rows_first(top + jnp.log(sums))))
     return tuple(jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True))
 
 
@@ -131,43 +131,51 @@ def _slopes(
     of_query, of_key, of_value, scale = [], 0.0, 0.0, width**-0.5
     for rows, seen in _blocks(query.shape[1], rows_at_once, causal):
         own_query, own_key, own_value = _grouped(query, key, value, rows, seen, width)
-        own_out = of_out[:, rows].reshape(own_query.shape)
-        weights = jnp.exp(_logits(own_query, own_key, mask, rows, causal) - _by_row(lse[:, rows], own_query))
-        of_weights = jnp.einsum("btjgd,bxjd->bjgtx", own_out, own_value, preferred_element_type=jnp.float32)
-        of_logits = (weights * (of_weights - _by_row(share[:, rows], own_query)) * scale).astype(query.dtype)
-        of_query.append(jnp.einsum("bjgtx,bxjd->btjgd", of_logits, own_key, preferred_element_type=jnp.float32))
-        after = ((0, 0), (0, key.shape[1] - own_key.shape[1]), (0, 0), (0, 0))
+        own_out = _heads_first(of_out[:, rows], own_query)
+        weights = jnp.exp(_logits(own_query, own_key, mask, rows, causal) - _heads_first(lse[:, rows], own_query))
+        of_weights = jnp.einsum("bjgtd,bjxd->bjgtx", own_out, own_value, preferred_element_type=jnp.float32)
+        of_logits = (weights * (of_weights - _heads_first(share[:, rows], own_query)) * scale).astype(query.dtype)
+        of_query.append(
+            _rows_first(jnp.einsum("bjgtx,bjxd->bjgtd", of_logits, own_key, preferred_element_type=jnp.float32))
+        )
+        after = ((0, 0), (0, 0), (0, key.shape[1] - own_key.shape[2]), (0, 0))
         of_key += jnp.pad(
-            jnp.einsum("bjgtx,btjgd->bxjd", of_logits, own_query, preferred_element_type=jnp.float32), after
+            jnp.einsum("bjgtx,bjgtd->bjxd", of_logits, own_query, preferred_element_type=jnp.float32), after
         )
         weights = weights.astype(value.dtype)
         of_value += jnp.pad(
-            jnp.einsum("bjgtx,btjgd->bxjd", weights, own_out, preferred_element_type=jnp.float32), after
+            jnp.einsum("bjgtx,bjgtd->bjxd", weights, own_out, preferred_element_type=jnp.float32), after
         )
-    found = zip((jnp.concatenate(of_query, axis=1), of_key, of_value), (query, key, value), strict=True)
-    return tuple(x.reshape(like.shape).astype(like.dtype) for x, like in found)
+    of_key, of_value = (x.swapaxes(1, 2).reshape(key.shape).astype(key.dtype) for x in (of_key, of_value))
+    return jnp.concatenate(of_query, axis=1).astype(query.dtype), of_key, of_value
 
 
 def _run(
-    function: Callable, mask: jax.Array, query: jax.Array, *arrays: jax.Array, causal: bool, apart: bool
+    function: Callable, mask: jax.Array, query: jax.Array, *arrays: jax.Array, causal: bool, turns: str
 ) -> tuple[jax.Array, ...]:
     """`_attend` or `_slopes` of everything, at once or head by head; query is (B, T, H, d)."""
-    width, keys = query.shape[-1], arrays[0].shape[1]
+    width, rows, keys = query.shape[-1], query.shape[1], arrays[0].shape[1]
     function, query = partial(function, width=width, causal=causal), _flat(query)
-    if not apart:
+    if turns == "none":
         return function(mask, query, *arrays, rows_at_once=ROWS_AT_ONCE)
-    # Short blocks would skip more of a causal map of 2048 rows, and take longer all the same, as it is estimated.
-    function = partial(function, rows_at_once=max(1, LOGITS_AT_ONCE // keys))
+    if turns == "copies":
+        by_head, rows_at_once = _copied_heads, CAUSAL_ROWS_ON_CPU if causal else rows
+    else:  # short blocks would skip more of a causal map of 2048 rows, and take longer all the same, as it is estimated
+        by_head, rows_at_once = _sliced_heads, max(1, LOGITS_AT_ONCE // keys)
+    function = partial(function, rows_at_once=rows_at_once)
     kv_heads = arrays[0].shape[-1] // width
-    return per_head(partial(_head_by_head, function, width), mask, query, *arrays, heads=kv_heads)
+    return per_head(partial(by_head, function, width), mask, query, *arrays, heads=kv_heads)
 
 
-def _large(query: jax.Array, key: jax.Array) -> bool:
-    """Whether a loop over heads is worth it."""
-    return query.shape[-1] % LANES == 0 and query.shape[1] * key.shape[1] >= FEW_LOGITS
+def _turns(turns: str, query: jax.Array, key: jax.Array) -> str:
+    """As asked for, where a loop over heads is worth it."""
+    logits = query.shape[1] * key.shape[1]
+    if turns == "copies":
+        return turns if logits >= FEW_LOGITS_ON_CPU else "none"
+    return turns if query.shape[-1] % LANES == 0 and logits >= FEW_LOGITS else "none"
 
 
-def _head_by_head(
+def _sliced_heads(
     function: Callable, width: int, mask: jax.Array, query: jax.Array, key: jax.Array, *arrays: jax.Array
 ) -> tuple[jax.Array, ...]:
     """`function` of one sample's one key head, and the query heads that read it, at a time."""
@@ -188,6 +196,24 @@ def _head_by_head(
     return jax.lax.fori_loop(0, len(query) * heads, turn, found)
 
 
+def _copied_heads(
+    function: Callable, width: int, mask: jax.Array, query: jax.Array, key: jax.Array, *arrays: jax.Array
+) -> tuple[jax.Array, ...]:
+    """The same, of arrays that are copied head by head before and after."""
+    batch, heads = len(query), key.shape[-1] // width
+
+    def split(x: jax.Array) -> jax.Array:  # (B, T, J*n) -> (B*J, 1, T, n)
+        return x.reshape(batch, x.shape[1], heads, -1).swapaxes(1, 2).reshape(batch * heads, 1, x.shape[1], -1)
+
+    def turn(_, operands: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, ...]]:
+        number, *own = operands
+        own_mask = jax.lax.dynamic_slice_in_dim(mask, number // heads, 1) if len(mask) > 1 else mask
+        return None, function(own_mask, *own)
+
+    _, found = jax.lax.scan(turn, None, (jnp.arange(batch * heads), *map(split, (query, key, *arrays))))
+    return tuple(x.reshape(batch, heads, *x.shape[2:]).swapaxes(1, 2).reshape(batch, x.shape[2], -1) for x in found)
+
+
 def _blocks(rows: int, at_once: int, causal: bool) -> list[tuple[slice, slice]]:
     """Rows of each block, and the keys that they may read."""
     ends = [min(first + at_once, rows) for first in range(0, rows, at_once)]
@@ -201,22 +227,29 @@ def _flat(x: jax.Array) -> jax.Array:
 def _grouped(
     query: jax.Array, key: jax.Array, value: jax.Array, rows: slice, seen: slice, width: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A block's query (B, t, J, G, d), keys and values (B, x, J, d)."""
+    """A block's query (B, J, G, t, d), keys and values (B, J, x, d): so ordered, XLA's CPU products are fastest."""
     batch, kv_heads = len(query), key.shape[-1] // width
-    key, value = (x[:, seen].reshape(batch, -1, kv_heads, width) for x in (key, value))
-    return query[:, rows].reshape(batch, -1, kv_heads, query.shape[-1] // width // kv_heads, width), key, value
+    key, value = (x[:, seen].reshape(batch, -1, kv_heads, width).swapaxes(1, 2) for x in (key, value))
+    query = query[:, rows].reshape(batch, -1, kv_heads, query.shape[-1] // width // kv_heads, width)
+    return query.transpose(0, 2, 3, 1, 4), key, value
 
 
-def _by_row(x: jax.Array, query: jax.Array) -> jax.Array:
-    """x (B, t, H) beside a block's map: (B, J, G, t, 1)."""
-    return x.reshape(query.shape[:4]).transpose(0, 2, 3, 1)[..., None]
+def _heads_first(x: jax.Array, like: jax.Array) -> jax.Array:
+    """x (B, t, H*n) beside a block's query: (B, J, G, t, n)."""
+    batch, kv_heads, group, rows, _ = like.shape
+    return x.reshape(batch, rows, kv_heads, group, -1).transpose(0, 2, 3, 1, 4)
+
+
+def _rows_first(x: jax.Array) -> jax.Array:
+    """x (B, J, G, t, n) -> (B, t, H*n)."""
+    return x.transpose(0, 3, 1, 2, 4).reshape(x.shape[0], x.shape[3], -1)
 
 
 def _logits(query: jax.Array, key: jax.Array, mask: jax.Array, rows: slice, causal: bool) -> jax.Array:
     """(B, J, G, t, x) float32."""
-    logits = jnp.einsum("btjgd,bxjd->bjgtx", query, key, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("bjgtd,bjxd->bjgtx", query, key, preferred_element_type=jnp.float32)
     if causal:
-        mask = (rows.start + jnp.arange(query.shape[1]))[:, None] >= jnp.arange(key.shape[1])
+        mask = (rows.start + jnp.arange(query.shape[3]))[:, None] >= jnp.arange(key.shape[2])
     else:
         mask = (mask[:, rows] if mask.shape[1] > 1 else mask)[:, None, None]
     return jnp.where(mask, logits * query.shape[-1] ** -0.5, MASKED)

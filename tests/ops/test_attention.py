@@ -103,9 +103,10 @@ def test_bfloat16_inputs_keep_a_float32_log_sum_exp():
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kv_heads", [2, 4])
-@pytest.mark.parametrize("apart", [False, True])
-def test_attention_by_rows_is_that_of_all_heads_and_so_is_its_gradient(monkeypatch, causal, kv_heads, apart):
-    for name, value in {"ROWS_AT_ONCE": 3, "LANES": 8, "FEW_LOGITS": 1, "LOGITS_AT_ONCE": 21}.items():
+@pytest.mark.parametrize("turns", ["none", "slices", "copies"])
+def test_attention_by_rows_is_that_of_all_heads_and_so_is_its_gradient(monkeypatch, causal, kv_heads, turns):
+    sizes = {"ROWS_AT_ONCE": 3, "CAUSAL_ROWS_ON_CPU": 3, "FEW_LOGITS_ON_CPU": 1}
+    for name, value in (sizes | {"LANES": 8, "FEW_LOGITS": 1, "LOGITS_AT_ONCE": 21}).items():
         monkeypatch.setattr(blockwise, name, value)
     query, key, value, mask = arrays(5, rows=7, kv_heads=kv_heads)
     mask = np.tril(np.ones((1, 7, 7), bool)) if causal else mask
@@ -117,21 +118,23 @@ def test_attention_by_rows_is_that_of_all_heads_and_so_is_its_gradient(monkeypat
 
         return jax.value_and_grad(number, (0, 1, 2))(query, key, value)
 
-    by_rows = functools.partial(blockwise.attend_by_rows, causal=causal, apart=apart)
+    by_rows = functools.partial(blockwise.attend_by_rows, causal=causal, turns=turns)
     for one, other in zip(by_rows(query, key, value, mask), _all_heads(query, key, value, mask), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
     for one, other in zip(*map(jax.tree.leaves, map(gradients, (by_rows, _all_heads))), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-6, rtol=1e-6)
 
 
-def test_only_large_maps_of_wide_heads_are_made_head_by_head(monkeypatch):
-    def loops(width, rows):
+def test_only_large_maps_are_made_head_by_head(monkeypatch):
+    def loops(width, rows, turns):
         query, key, value, mask = arrays(8, rows=rows, width=width)
-        attend = functools.partial(blockwise.attend_by_rows, causal=False, apart=True)
+        attend = functools.partial(blockwise.attend_by_rows, causal=False, turns=turns)
         return str(jax.make_jaxpr(attend)(query, key, value, mask)).count("= scan[")
 
     monkeypatch.setattr(blockwise, "FEW_LOGITS", 40)
-    assert [loops(128, 5), loops(128, 6), loops(64, 6)] == [0, 1, 0]
+    monkeypatch.setattr(blockwise, "FEW_LOGITS_ON_CPU", 20)
+    assert [loops(128, 5, "slices"), loops(128, 6, "slices"), loops(64, 6, "slices")] == [0, 1, 0]
+    assert [loops(8, 2, "copies"), loops(8, 3, "copies"), loops(8, 6, "none")] == [0, 1, 0]
 
 
 def test_a_row_by_rows_that_may_read_nothing_has_no_gradient():
