@@ -187,9 +187,8 @@ def _sliced_heads(
         def place(x: jax.Array) -> tuple:
             return sample, 0, head * (x.shape[2] // heads)
 
-        own_mask = jax.lax.dynamic_slice_in_dim(mask, sample, 1) if len(mask) > 1 else mask
         own = (jax.lax.dynamic_slice(x, place(x), (1, x.shape[1], x.shape[2] // heads)) for x in arrays)
-        results = function(own_mask, *own)
+        results = function(_own_mask(mask, sample), *own)
         return tuple(jax.lax.dynamic_update_slice(x, y, place(x)) for x, y in zip(found, results, strict=True))
 
     found = tuple(jax.lax.empty(x.shape, x.dtype) for x in jax.eval_shape(function, mask, *arrays))
@@ -207,11 +206,15 @@ def _copied_heads(
 
     def turn(_, operands: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, ...]]:
         number, *own = operands
-        own_mask = jax.lax.dynamic_slice_in_dim(mask, number // heads, 1) if len(mask) > 1 else mask
-        return None, function(own_mask, *own)
+        return None, function(_own_mask(mask, number // heads), *own)
 
     _, found = jax.lax.scan(turn, None, (jnp.arange(batch * heads), *map(split, (query, key, *arrays))))
     return tuple(x.reshape(batch, heads, *x.shape[2:]).swapaxes(1, 2).reshape(batch, x.shape[2], -1) for x in found)
+
+
+def _own_mask(mask: jax.Array, sample: jax.Array) -> jax.Array:
+    """One sample's, (1, ., .), of a mask that may be the same for all."""
+    return jax.lax.dynamic_slice_in_dim(mask, sample, 1) if len(mask) > 1 else mask
 
 
 def _blocks(rows: int, at_once: int, causal: bool) -> list[tuple[slice, slice]]:
