@@ -96,6 +96,7 @@ def get_config(arg: str = "flex") -> config_dict.ConfigDict:
             "captions": 0,
             "columns": 0,
             "seed": 0,
+            "grounding": 0.0,  # weight of a loss on the maps that select; flex alone has them
             "data_dir": "",
             "keep_views": True,
             "eval_samples": 128,

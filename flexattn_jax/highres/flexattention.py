@@ -58,6 +58,7 @@ def flex_attention(
     positions: jax.Array,
     alpha: jax.Array | None,
     key: jax.Array | None = None,
+    grounded: bool = False,
 ) -> tuple[jax.Array, Selection, jax.Array]:
     """One layer: the rows read the cells that the layer below selected, and their maps select for the layer above.
 
@@ -71,6 +72,7 @@ def flex_attention(
       positions: (B, T) int32, sequence positions of the T rows, for selector "random".
       alpha: share of high resolution in the readers' outputs while training warms up; None: all of it.
       key: of selector "random" in this step of training; None: that of config.seed.
+      grounded: whether the map has a gradient; the selection never has.
 
     Returns:
       Attention output (B, T, H, d), the new selection, and the map (B, Q, N) float32 that made it.
@@ -87,25 +89,22 @@ def flex_attention(
         if config.variant == "paper":
             map_lse = put_rows(lse, rows.readers, full_lse)
 
-    attention = image_map(
-        take_rows(query, rows.selectors),
-        keys,
-        take_rows(map_lse, rows.selectors),
-        picture.start,
-        picture.content.shape[-1],
-    )
+    operands = take_rows(query, rows.selectors), keys, take_rows(map_lse, rows.selectors)
+    if not grounded:
+        operands = jax.lax.stop_gradient(operands)
+    attention = image_map(*operands, picture.start, picture.content.shape[-1])
     candidate = (picture.start >= 0)[:, None] & (rows.selectors < query.shape[1])
     places = take_rows(positions, rows.selectors)
     with jax.named_scope(SCOPE):
         keys = sample_keys(config, query.shape[0], key)
-        own = (attention, picture.content, candidate, places, keys)
+        own = (jax.lax.stop_gradient(attention), picture.content, candidate, places, keys)
         selection = per_sample(partial(select, config), *own, layer, in_axes=(0,) * len(own) + (None,))
     selection = jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), selection)
     return out, selection, attention
 
 
 def image_map(query: jax.Array, keys: jax.Array, lse: jax.Array, start: jax.Array, count: int) -> jax.Array:
-    """Attention of a few rows to the picture's tokens in the sequence, summed over heads; no gradient.
+    """Attention of a few rows to the picture's tokens in the sequence, summed over heads.
 
     Args:
       query: (B, Q, H, d); keys: (B, X, J*d); lse: (B, Q, H) of the softmax that the map belongs to.
@@ -251,12 +250,15 @@ def read_in_layer(
         step.positions,
         step.alpha,
         step.key,
+        step.grounded,
     )
     if cache is None:
         selection = limit_union(flex, selection)
     named = {"cells": selection.keep, "overflow": selection.overflow}
+    if step.capture or step.grounded:
+        named["map"] = attention
     if step.capture:
-        named |= {"map": attention, "strength": selection.strength}
+        named["strength"] = selection.strength
     return out, selection, cache, named
 
 

@@ -34,7 +34,8 @@ def rank_slots(query: jax.Array, keys: jax.Array, lse: jax.Array, slots: Slots, 
       (B, count) float32.
     """
     row = slots.row[:, None]
-    return image_map(take_rows(query, row), keys, take_rows(lse, row), slots.start, count)[:, 0]
+    operands = jax.lax.stop_gradient((take_rows(query, row), keys, take_rows(lse, row)))
+    return image_map(*operands, slots.start, count)[:, 0]
 
 
 def keep_strongest(scores: jax.Array, count: int) -> jax.Array:

@@ -52,6 +52,7 @@ class Step:
     given: (layers of the second segment, B, Q, C) bool, cells read in each layer in place of those selected, to
       find out what the selection is worth; without a cache only. The first layer reads none.
     append: write this call's keys and values to the cache.
+    grounded: return the maps that select, with gradient, for a loss on them.
     capture: return the residual stream and the attention outputs of all layers.
     """
 
@@ -68,6 +69,7 @@ class Step:
     given: jax.Array | None = None
     blocks: tuple[int, int] | None = flax.struct.field(pytree_node=False, default=None)
     append: bool = flax.struct.field(pytree_node=False, default=True)
+    grounded: bool = flax.struct.field(pytree_node=False, default=False)
     capture: bool = flax.struct.field(pytree_node=False, default=False)
 
 

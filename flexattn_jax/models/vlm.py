@@ -204,8 +204,12 @@ class VLM(nn.Module):
         key: jax.Array | None = None,
         given: jax.Array | None = None,
         capture: bool = False,
+        grounded: bool = False,
     ) -> tuple[jax.Array, dict]:
-        """`__call__` up to the final norm, (B, T, D) in place of logits: a loss need not have all logits at once."""
+        """`__call__` up to the final norm, (B, T, D) in place of logits: a loss need not have all logits at once.
+
+        grounded: see Step.
+        """
         hidden, picture, slots, named = self.assemble(batch, features, key)
         length = hidden.shape[1]
         last = batch.lengths[:, None] - 1
@@ -232,6 +236,7 @@ class VLM(nn.Module):
             alpha=self._alpha(picture, alpha, key),
             key=key,
             given=given,
+            grounded=grounded,
             capture=capture,
         )
         hidden, _, layers = self.decoder(hidden, step, None)

@@ -122,7 +122,7 @@ def _logits_of_one_row(query: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def row_probabilities(query: jax.Array, key: jax.Array, lse: jax.Array) -> jax.Array:
-    """The probabilities that a few rows of fused attention gave to keys, summed over heads; no gradient.
+    """The probabilities that a few rows of fused attention gave to keys, summed over heads.
 
     Args:
       query: (B, Q, H, d); key: (B, X, J*d); lse: (B, Q, H), as `attend` returned it for these rows.
@@ -137,10 +137,9 @@ def row_probabilities(query: jax.Array, key: jax.Array, lse: jax.Array) -> jax.A
     def heads_last(query, key, lse):  # the product that `attend` makes: it is made once
         return jnp.exp(_logits_of_one_row(query, key) - lse).sum(axis=-1)[:, None]
 
-    operands = jax.lax.stop_gradient((query, key, lse))
     if not _of_several_samples(query, key):
-        return heads_first(*operands)
-    return jax.lax.platform_dependent(*operands, cpu=heads_last, default=heads_first)
+        return heads_first(query, key, lse)
+    return jax.lax.platform_dependent(query, key, lse, cpu=heads_last, default=heads_first)
 
 
 def weighted_values(weights: jax.Array, value: jax.Array, width: int) -> jax.Array:

@@ -38,11 +38,13 @@ class TrainBatch:
     batch: whole conversations; always with pixels, so that a bucket has one shape.
     labels: (B, T) int32, IGNORED where no loss is taken.
     readers: (B, R) int32, rows that predict answers, T where unused.
+    asked: (B, R, n) int32, image tokens that show what each of them is asked about, -1 for none; None: not known.
     """
 
     batch: Batch
     labels: Any
     readers: Any
+    asked: Any = None
 
     @property
     def learned(self) -> Any:
@@ -55,10 +57,12 @@ class TrainSample(NamedTuple):
 
     sample: for `make_batch`.
     learned: (n,) bool for each of its ids, True where the loss is taken.
+    asked: (ids, n) int, image tokens that show what each id tells of, -1 for none; None: not known.
     """
 
     sample: Sample
     learned: np.ndarray
+    asked: np.ndarray | None = None
 
 
 class Lengths(NamedTuple):
@@ -159,11 +163,11 @@ class ConversationSource:
 
     def __getitem__(self, index: int) -> TrainSample:
         """Raises ImageError when the picture cannot be read."""
-        (sample, learned), picture = self.text(index), self._conversations[index].picture
+        text, picture = self.text(index), self._conversations[index].picture
         if picture is None:
-            return TrainSample(sample, learned)
+            return text
         image = load_image(self._pictures / picture)
-        return TrainSample(Sample(sample.ids, *preprocess(image, self._config)), learned)
+        return text._replace(sample=Sample(text.sample.ids, *preprocess(image, self._config)))
 
     def collate(self, samples: Sequence[TrainSample | None], length: int, readers: int) -> TrainBatch:
         """See `collate`."""
@@ -327,8 +331,13 @@ class BatchSource:
 _NOTHING = TrainSample(Sample(np.zeros(1, np.int32)), np.zeros(1, bool))  # a row of length 1 without a label
 
 
-def collate(samples: Sequence[TrainSample | None], config: VLMConfig, length: int, readers: int) -> TrainBatch:
+def collate(
+    samples: Sequence[TrainSample | None], config: VLMConfig, length: int, readers: int, asked: int = 0
+) -> TrainBatch:
     """Pads samples to T = `length` and R = `readers`; pixels are there even if no sample has a picture.
+
+    Args:
+      asked: n of TrainBatch.asked, which the samples must know of; 0: none.
 
     Raises BatchError for samples that do not fit.
     """
@@ -340,11 +349,20 @@ def collate(samples: Sequence[TrainSample | None], config: VLMConfig, length: in
     if not pictured:
         side = config.image_size
         batch = batch.replace(pixels=np.zeros((len(samples), 3, side, side), np.float32))
-    labels = [np.where(s.learned, s.sample.ids, IGNORED) for s in samples]
     segments = [s.sample.segments for s in samples]
-    labels = expand_labels(labels, batch.image_start, slots, batch.token_ids.shape[1], segments, batch.blocks)
+
+    def expand(values):
+        return expand_labels(values, batch.image_start, slots, batch.token_ids.shape[1], segments, batch.blocks)
+
+    labels = expand([np.where(s.learned, s.sample.ids, IGNORED) for s in samples])
     labels[:, 0] = IGNORED  # nothing predicts the first token
-    return TrainBatch(batch, labels, answer_rows(labels, batch.image_start, readers))
+    rows = answer_rows(labels, batch.image_start, readers)
+    if not asked:
+        return TrainBatch(batch, labels, rows)
+    known = [np.full((len(s.learned), asked), -1) if s is _NOTHING else s.asked for s in samples]
+    of_labels = np.stack([expand([tokens[:, k] for tokens in known]) for k in range(asked)], axis=-1)
+    of_labels = np.pad(of_labels.clip(-1), ((0, 0), (0, 2), (0, 0)), constant_values=-1)  # of unused rows
+    return TrainBatch(batch, labels, rows, np.take_along_axis(of_labels, rows[..., None] + 1, axis=1))
 
 
 def make_iterator(source: BatchSource, ahead: int) -> Any:

@@ -85,6 +85,7 @@ def next_token_loss(
     alpha: jax.Array | None = None,
     key: jax.Array | None = None,
     capture: bool = False,
+    grounded: bool = False,
 ) -> tuple[jax.Array, dict]:
     """Mean cross-entropy over all answer tokens of the batch.
 
@@ -94,12 +95,14 @@ def next_token_loss(
       readers: (B, R) int32, see `answer_rows`.
       alpha: () float32, min(1, epoch * warmup); None: 1.
       key: of what is random in this step, see `VLM.__call__`; None in evaluation.
+      grounded: see Step.
 
     Returns:
       The loss (), and the model's named intermediates; with capture also `logits` (B, T, V) float32.
     """
     variables = {"params": params}
-    hidden, named = model.apply(variables, batch, None, readers, alpha, key, capture=capture, method=VLM.hidden_states)
+    called = {"capture": capture, "grounded": grounded}
+    hidden, named = model.apply(variables, batch, None, readers, alpha, key, **called, method=VLM.hidden_states)
     targets = labels[:, 1:]
     counted = targets != IGNORED
     head = model.apply(variables, method=VLM.head)
@@ -107,6 +110,28 @@ def next_token_loss(
     if capture:
         named["logits"] = model.apply(variables, hidden, method=VLM.logits)
     return jnp.where(counted, losses, 0).sum() / jnp.maximum(counted.sum(), 1), named
+
+
+def grounding_loss(maps: jax.Array, places: jax.Array, draws: int) -> jax.Array:
+    """How probably cells drawn from the rows' maps would miss what the rows are asked about.
+
+    Of each such object -log of the probability that one of the draws from the maps of all layers falls on its token:
+    where one layer looks, the others need not, and beyond what the draws need no map gains by being sharper. The mean
+    over objects. Ours: neither the paper nor the released code teaches maps.
+
+    Args:
+      maps: (layers, B, R, N) float32, as `Step.grounded` gives them; the last layer's selects for none.
+      places: (B, R, n) int32, the image tokens that show what a row is asked about, -1 for none.
+      draws: from each map; as many as a row keeps cells.
+
+    Returns:
+      () float32; 0 where no row is asked about anything.
+    """
+    shares = maps[:-1] / jnp.maximum(maps[:-1].sum(axis=-1, keepdims=True), 1e-9)
+    share = jnp.take_along_axis(shares, jnp.broadcast_to(places, (*shares.shape[:1], *places.shape)).clip(0), axis=-1)
+    missed = draws * jnp.log1p(-share.clip(1e-6, 1 - 1e-6)).sum(axis=0)
+    losses = jnp.where(places >= 0, -jnp.log(-jnp.expm1(missed)), 0)
+    return losses.sum() / jnp.maximum((places >= 0).sum(), 1)
 
 
 def cross_entropy(hidden: jax.Array, head: jax.Array, targets: jax.Array, at_once: int = LOGITS_AT_ONCE) -> jax.Array:

@@ -21,6 +21,7 @@ from flexattn_jax.inputs.word_tokenizer import SAID
 from flexattn_jax.training.data import Lengths, TrainBatch, TrainSample, collate
 
 _NAMED = 3  # objects in a caption
+_ASKED = 2  # objects that a question asks about, at most
 
 
 class SearchSource:
@@ -48,13 +49,14 @@ class SearchSource:
         self._rows, self._config = rows, config
         seen = [index for words in (*SAID, *COLUMNS) for index in tokenizer.encode(words)]
         counts = captions, columns
-        self._texts = [_pack(tokenizer, decode_example(row), counts, questions, seen) for row in rows]
+        grid = config.lowres_grid
+        self._texts = [_pack(tokenizer, decode_example(row), counts, questions, seen, grid) for row in rows]
         slots = config.num_slots
         self.lengths = Lengths(
-            np.array([_positions(segments, slots) for _, segments, _ in self._texts], np.int32),
-            np.array([learned.sum() for _, _, learned in self._texts], np.int32),
+            np.array([_positions(segments, slots) for _, segments, _, _ in self._texts], np.int32),
+            np.array([learned.sum() for _, _, learned, _ in self._texts], np.int32),
         )
-        texts = [(ids.tolist(), np.flatnonzero(learned).tolist()) for ids, _, learned in self._texts]
+        texts = [(ids.tolist(), np.flatnonzero(learned).tolist()) for ids, _, learned, _ in self._texts]
         self.digest = hashlib.sha256(f"{digest} {texts}".encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -66,18 +68,18 @@ class SearchSource:
 
     def text(self, index: int) -> TrainSample:
         """See TextSource."""
-        ids, segments, learned = self._texts[index]
-        return TrainSample(Sample(ids, segments=segments), learned)
+        ids, segments, learned, asked = self._texts[index]
+        return TrainSample(Sample(ids, segments=segments), learned, asked)
 
     def __getitem__(self, index: int) -> TrainSample:
         """The questions with the picture's pixels."""
-        sample, learned = self.text(index)
+        text = self.text(index)
         pixels, size = preprocess(decode_example(self._rows[index]).picture(), self._config)
-        return TrainSample(sample._replace(pixels=pixels, size=size), learned)
+        return text._replace(sample=text.sample._replace(pixels=pixels, size=size))
 
     def collate(self, samples: Sequence[TrainSample | None], length: int, readers: int) -> TrainBatch:
         """See `data.collate`."""
-        return collate(samples, self._config, length, readers)
+        return collate(samples, self._config, length, readers, _ASKED)
 
 
 def _positions(segments: np.ndarray, slots: int) -> int:
@@ -87,21 +89,36 @@ def _positions(segments: np.ndarray, slots: int) -> int:
 
 
 def _pack(
-    tokenizer: Tokenizer, example: Example, captions: tuple[int, int], questions: bool, seen: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    tokenizer: Tokenizer, example: Example, captions: tuple[int, int], questions: bool, seen: Sequence[int], grid: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Questions with their answers, and captions of colours and of columns, drawn by the picture's name.
 
-    As `pack_turns` gives them. The answer of the first question of each form is learned whole; of the others, the
-    tokens `seen`, what has to be seen: all else stands in the question, and would outweigh it.
+    As `pack_turns` gives them, and TrainSample.asked, tokens of a grid of `grid` a side. The answer of the first
+    question of each form is learned whole; of the others, the tokens `seen`, what has to be seen: all else stands in
+    the question, and would outweigh it.
     """
     asked = example.questions if questions else ()
     texts = [(q.question, q.options[q.answer]) for q in asked]
+    told = [q.targets for q in asked]  # the objects that each `seen` token of a text tells of, in order
     rng = np.random.default_rng(zlib.crc32(example.id.encode()))
     side = example.picture().width if captions[1] else 0
     for number in range(sum(captions)):
-        named = [example.objects[k] for k in rng.permutation(len(example.objects))[:_NAMED]]
+        chosen = rng.permutation(len(example.objects))[:_NAMED]
+        told += [(k,) for k in chosen]
+        named = [example.objects[k] for k in chosen]
         texts.append(caption(named) if number < captions[0] else columns(named, side))
     ids, segments, learned = pack_turns(tokenizer, [Turn(f"{IMAGE_TAG}\n{demand}", answer) for demand, answer in texts])
     forms = [q.form for q in asked]
     whole = np.isin(segments, [1 + forms.index(form) for form in set(forms)])
-    return ids, segments, learned & (whole | np.isin(ids, seen))
+    tells = learned & np.isin(ids, seen)
+    return ids, segments, learned & whole | tells, _tokens_of(example, grid, tells, told)
+
+
+def _tokens_of(example: Example, grid: int, tells: np.ndarray, told: Sequence[Sequence[int]]) -> np.ndarray:
+    """(ids, 2) int: the tokens, of grid x grid, with the middles of the objects told of where `tells`; else -1."""
+    boxes = np.array([placed.box for placed in example.objects])
+    x, y = ((boxes[:, :2] + boxes[:, 2:] / 2) * grid / example.picture().width).astype(int).T
+    tokens = np.full((len(tells), _ASKED), -1)
+    for place, objects in zip(np.flatnonzero(tells), told, strict=True):
+        tokens[place, : len(objects)] = (y * grid + x)[list(objects)]
+    return tokens

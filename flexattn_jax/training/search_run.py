@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from flexattn_jax.inputs.datasets.vsearch import PRESETS, content_name, default_
 from flexattn_jax.inputs.tokenizer import Tokenizer
 from flexattn_jax.inputs.word_tokenizer import write_word_tokenizer
 from flexattn_jax.models.vlm import VLM
-from flexattn_jax.training.run import Data, Task, run_training, vlm_task
+from flexattn_jax.training.run import Data, Task, run_training
 from flexattn_jax.training.search import SearchSource
 from flexattn_jax.training.start import Start
+from flexattn_jax.training.step import vlm_loss
 from flexattn_jax.training.tower import TowerConfig, TowerSource, probe_params, tower_loss
 from flexattn_jax.training.views import VIEWS, joined, keep_views
 
@@ -32,12 +34,15 @@ class SearchData:
     columns: int = 0  # captions of where things are; stage "answers"
     seed: int = 0
     data_dir: str = ""  # where they are drawn to; "": the user's data folder
+    grounding: float = 0.0  # weight of the loss that maps fall on what is asked about; stage "answers"
     keep_views: bool = True  # see every picture once and keep what the frozen tower saw; stage "answers"
 
     def __post_init__(self):
         unknown = [name for name in self.presets if name not in PRESETS]
         if unknown or not self.presets or len(set(self.presets)) != len(self.presets):
             raise ConfigError(f"data.presets is {self.presets}; name some of {', '.join(PRESETS)}, each once")
+        if not 0 <= self.grounding < math.inf:
+            raise ConfigError(f"data.grounding is {self.grounding}; it must be a number from 0 on")
         if min(self.captions, self.columns) < 0 or not (self.questions or self.captions or self.columns):
             raise ConfigError(
                 f"data.captions is {self.captions} and data.columns {self.columns}; neither can be below 0, and where "
@@ -83,7 +88,12 @@ def run_search(settings: Mapping[str, Any], workdir: str | Path) -> Path:
 
     def make_task(model: VLM) -> Task:
         if stage == "answers":
-            return vlm_task(model)
+            if own.grounding and not model.config.reads_highres:
+                raise ConfigError(
+                    f"data.grounding is {own.grounding}, but this model has no maps that select; set it to 0, or "
+                    "model.flexattention.enabled to True"
+                )
+            return Task(vlm_loss(model, own.grounding))
         return Task(tower_loss(model, tower), lambda seed: probe_params(model.config, seed), trains_tower=True)
 
     also = {"stage": stage, "data": dataclasses.asdict(own), "tower": dataclasses.asdict(tower)}

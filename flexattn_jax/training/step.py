@@ -18,7 +18,7 @@ import optax
 from flexattn_jax.models.vlm import VLM
 from flexattn_jax.partitioning import Partition, constrain
 from flexattn_jax.training.data import TrainBatch
-from flexattn_jax.training.loss import next_token_loss
+from flexattn_jax.training.loss import grounding_loss, next_token_loss
 from flexattn_jax.training.optimizer import Optimizer, join_params
 from flexattn_jax.training.state import TrainState
 
@@ -27,21 +27,34 @@ LossFn = Callable[[dict, Any, jax.Array, jax.Array], tuple[jax.Array, dict[str, 
 Metrics = dict[str, jax.Array]
 
 
-def vlm_loss(model: VLM) -> LossFn:
-    """Mean cross-entropy over answer tokens, and what was selected: cells a reading row kept, cells over capacity."""
+def vlm_loss(model: VLM, grounding: float = 0.0) -> LossFn:
+    """Mean cross-entropy over answer tokens, and what was selected: cells a reading row kept, cells over capacity.
+
+    Args:
+      grounding: weight of `grounding_loss`, in training, where batches say what rows are asked about.
+    """
+
+    flex = model.config.flexattention
+    draws = 0 if flex is None else flex.capacity or flex.num_cells  # also while every cell is read
 
     def loss_fn(params: dict, batch: TrainBatch, alpha: jax.Array, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
         # What float32 names is float32: an accelerator would otherwise round the products' inputs to bfloat16.
         with jax.default_matmul_precision("highest" if model.config.dtype == "float32" else None):
-            loss, named = next_token_loss(model, params, batch.batch, batch.labels, batch.readers, alpha, key)
+            grounded = bool(grounding) and batch.asked is not None and key is not None
+            inputs = batch.batch, batch.labels, batch.readers, alpha, key
+            loss, named = next_token_loss(model, params, *inputs, grounded=grounded)
         if "cells" not in named:
             return loss, {}
+        metrics = {}
+        if grounded:
+            metrics["grounding_loss"] = grounding_loss(named["map"], batch.asked[:, : named["map"].shape[2]], draws)
+            loss += grounding * metrics["grounding_loss"]
         # The last layer's selection is made and read by none.
         cells, overflow = named["cells"][:-1].astype(jnp.float32), named["overflow"][:-1].astype(jnp.float32)
         rows = (batch.readers < batch.labels.shape[1]) & (batch.batch.image_start >= 0)[:, None]
         rows = rows[:, : cells.shape[2]]  # variant "paper": one row selects for all
         count = jnp.maximum(rows.sum(), 1) * max(1, cells.shape[0])
-        return loss, {
+        return loss, metrics | {
             "cells_per_row": jnp.where(rows, cells.sum(axis=-1), 0).sum() / count,
             "overflow_per_row": jnp.where(rows, overflow, 0).sum() / count,
         }

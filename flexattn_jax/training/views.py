@@ -54,11 +54,11 @@ class ViewedSource:
             raise ImageError(
                 f"{self.name(index)} could not be read when all pictures were seen; remove the kept views to see it now"
             )
-        sample, learned = self._source.text(index)
+        text = self._source.text(index)
         if width == -1:
-            return TrainSample(sample, learned)
+            return text
         views = jax.tree.map(lambda kept: np.asarray(kept[index]), self._views)
-        return TrainSample(sample._replace(size=(width, height) if width else None, views=views), learned)
+        return text._replace(sample=text.sample._replace(size=(width, height) if width else None, views=views))
 
 
 def keep_views(

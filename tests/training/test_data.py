@@ -151,7 +151,7 @@ def test_conversations_become_samples_and_their_lengths_are_remembered(llava_dat
 
     source = make(tmp_path / "lengths.npz")
     for index in (0, 4, 13):
-        sample, learned = source[index]
+        sample, learned, _ = source[index]
         positions = len(sample.ids) + (15 if sample.pixels is not None else 0)
         rows = learned.sum() if sample.pixels is not None else 0
         assert (positions, rows) == (source.lengths.positions[index], source.lengths.readers[index])

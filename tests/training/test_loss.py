@@ -11,7 +11,14 @@ from conftest import random_params
 from flexattn_jax.config import override, preset
 from flexattn_jax.inputs.batching import Buckets, Sample, make_batch
 from flexattn_jax.models.vlm import VLM
-from flexattn_jax.training.loss import IGNORED, answer_rows, cross_entropy, expand_labels, next_token_loss
+from flexattn_jax.training.loss import (
+    IGNORED,
+    answer_rows,
+    cross_entropy,
+    expand_labels,
+    grounding_loss,
+    next_token_loss,
+)
 
 
 def test_answer_rows_precede_each_answer_token():
@@ -158,3 +165,39 @@ def test_a_step_of_training_has_no_array_of_all_logits():
     gradient = jax.grad(lambda h, w, t: cross_entropy(h, w, t).sum(), (0, 1))
     text = jax.jit(gradient).lower(hidden, head, jax.ShapeDtypeStruct((2, 1024), np.int32)).as_text()
     assert "2x1024x4000xf32" in text and "2x1024x60000" not in text
+
+
+def test_grounding_is_the_chance_that_draws_from_all_maps_miss():
+    maps = np.random.default_rng(0).uniform(0.01, 1, (4, 2, 3, 9)).astype(np.float32)
+    places = np.array([[[2, -1], [-1, -1], [8, 0]], [[4, 4], [-1, -1], [-1, -1]]], np.int32)
+    losses = []
+    for b, row, place in [(0, 0, 2), (0, 2, 8), (0, 2, 0), (1, 0, 4), (1, 0, 4)]:
+        missed = np.prod([(1 - m[place] / m.sum()) ** 5 for m in maps[:3, b, row].astype(np.float64)])
+        losses.append(-np.log(1 - missed))
+    assert float(grounding_loss(maps, places, 5)) == pytest.approx(np.mean(losses), rel=1e-5)
+    assert float(grounding_loss(maps, np.full((2, 3, 2), -1), 5)) == 0
+    sure = np.zeros((2, 1, 1, 4), np.float32)
+    sure[..., 1] = 1
+    value, slope = jax.value_and_grad(grounding_loss)(sure, np.array([[[1, 3]]]), 4)
+    assert 0 < float(value) < np.inf and np.isfinite(slope).all()
+
+
+def test_maps_learn_only_where_they_are_grounded(tiny):
+    """The maps of `grounded` are those of capture, with a gradient for what made them; a selection never has one."""
+    config, params = tiny
+    _, _, batch, labels = conversation(config)
+    readers = answer_rows(labels, batch.image_start)
+
+    def total(params, **wanted):
+        return next_token_loss(VLM(config), params, batch, labels, readers, **wanted)[1]["map"].sum()
+
+    (map_sum, gradient), (captured, none) = (
+        jax.value_and_grad(lambda p, wanted=wanted: total(p, **{wanted: True}))(params)
+        for wanted in ("grounded", "capture")
+    )
+    assert float(map_sum) == pytest.approx(float(captured), rel=1e-5)
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(none))
+    moved = {path[-2].key for path, leaf in jax.tree_util.tree_leaves_with_path(gradient) if np.asarray(leaf).any()}
+    assert {"q_proj", "k_proj"} <= moved
+    _, named = next_token_loss(VLM(config), params, batch, labels, readers)
+    assert "map" not in named

@@ -53,7 +53,7 @@ def test_samples_are_pictures_with_all_their_questions(source, rows, words):
     config = mini_config()
     assert len(source) == 6 and source.name(4) == "picture 4"
     for k in range(len(source)):
-        sample, learned = source[k]
+        sample, learned, _ = source[k]
         assert sample.pixels is not None and source.text(k).sample.pixels is None
         np.testing.assert_array_equal(sample.pixels, preprocess(decode_example(rows[k]).picture(), config)[0])
         batch = make_batch([sample], config, Buckets(text_lengths=(192,)))
@@ -82,7 +82,7 @@ def test_captions_name_what_is_there_and_only_what_follows_the_names_is_learned(
         side = example.picture().width
         colours = {placed.name: f"is {placed.colour}" for placed in example.objects}
         eighths = {o.name: COLUMNS[int((o.box[0] + o.box[2] / 2) // (side / 8))] for o in example.objects}
-        (sample, learned), (before, before_learned) = both.text(k), plain.text(k)
+        (sample, learned, _), (before, before_learned, _) = both.text(k), plain.text(k)
         count = len(example.questions)
         asked = sample.segments <= count
         np.testing.assert_array_equal(sample.ids[asked], before.ids)
@@ -116,3 +116,33 @@ def test_a_batch_reads_high_resolution_before_every_answer_token(source):
         np.testing.assert_array_equal(data.labels[b][read + 1], data.batch.token_ids[b][read + 1])
         # None predicts another text's token.
         np.testing.assert_array_equal((read - beginning) // block, (read + 1 - beginning) // block)
+
+
+def test_rows_that_tell_of_objects_are_asked_where_those_are(rows, words):
+    """By the name before them: in captions and colours their own object, in sides the reference, too."""
+    config = mini_config()
+    source, grid = SearchSource(rows, words, config, "six", 2, 1), config.lowres_grid
+    made = source.collate([source[0], None, source[1]], 256, 64)
+    counts = {1: 0, 2: 0}
+    for b, k in ((0, 0), (2, 1)):
+        example, ids = decode_example(rows[k]), made.batch.token_ids[b]
+        scale = grid / example.picture().width
+        token = {o.name: int((o.box[1] + o.box[3] / 2) * scale) * grid + int((o.box[0] + o.box[2] / 2) * scale)
+                 for o in example.objects}  # fmt: skip
+        for row, asked in zip(made.readers[b], made.asked[b], strict=True):
+            name = "" if row >= len(ids) else words.decode([ids[row]])
+            said = "" if row >= len(ids) - 1 else words.decode([ids[row + 1]])
+            if name not in token or not (said.startswith("is ") or said in COLUMNS):
+                assert (asked == -1).all()
+                continue
+            assert asked[0] == token[name]
+            counts[int((asked >= 0).sum())] += 1
+            if said.startswith("is on the"):
+                targets = {token[o.name] for o in example.objects}
+                assert asked[1] in targets - {-1}
+            else:
+                assert asked[1] == -1
+    asked = [q for k in (0, 1) for q in decode_example(rows[k]).questions]
+    sides = sum(q.form != ATTRIBUTES for q in asked)
+    assert counts == {1: len(asked) - sides + 2 * 3 * 3, 2: sides}
+    assert made.asked.shape == (3, 64, 2) and (made.asked[1] == -1).all()

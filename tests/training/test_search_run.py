@@ -174,6 +174,8 @@ MISTAKES = {
         ({"data": {"captions": -1}}, "data.captions is -1 and data.columns 1; neither can be below 0"),
         ({"data": {"questions": False, "captions": 0, "columns": 0}}, "one of them must be above"),
         ({"model": {"flexattention": {"dropout": 1.5}}}, "flexattention.dropout"),
+        ({"data": {"grounding": -1.0}}, "data.grounding is -1.0; it must be a number from 0 on"),
+        ({"data": {"grounding": 1.0}, "model": {"flexattention": {"enabled": False}}}, "no maps that select"),
         ({"start": {"checkpoint": "without"}}, "without has no high-resolution projections"),
         ({"optimizer": {"trainable": "vision,decoder"}}, "the vision tower gets no gradient here"),
         ({"data": {"text_lengths": (64,)}}, "the limit is 64"),

@@ -84,7 +84,7 @@ def test_samples_come_with_what_the_tower_sees_of_them(mini, source, kept):
             with pytest.raises(ImageError, match=r"10\.jpg is damaged"):
                 viewed[index]
             continue
-        (sample, learned), (own, own_learned) = source[index], viewed[index]
+        (sample, learned, _), (own, own_learned, _) = source[index], viewed[index]
         np.testing.assert_array_equal(sample.ids, own.ids)
         np.testing.assert_array_equal(learned, own_learned)
         assert own.pixels is None and own.size == sample.size
