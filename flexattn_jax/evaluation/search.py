@@ -233,9 +233,8 @@ def _judge(
 
 def _object_cells(example: Example, config: VLMConfig) -> np.ndarray:
     """(objects,) int, the cell that holds the middle of each object; the picture may be shown at another size."""
-    scale, side = config.highres_grid / example.picture().width, config.flexattention.cell_grid
-    boxes = np.array([placed.box for placed in example.objects])
-    x, y = ((boxes[:, :2] + boxes[:, 2:] / 2) * scale).astype(int).T * side // config.highres_grid
+    side = config.flexattention.cell_grid
+    x, y = example.middles(config.highres_grid).T * side // config.highres_grid
     return y * side + x
 
 

@@ -167,9 +167,9 @@ def run_llava(settings: Mapping[str, Any], workdir: str | Path) -> Path:
     return run_training(settings, workdir, make_data, also={"data": own})
 
 
-def vlm_task(model: VLM) -> Task:
-    """Next-token loss on answers."""
-    return Task(vlm_loss(model))
+def vlm_task(model: VLM, grounding: float = 0.0) -> Task:
+    """Next-token loss on answers; `grounding` as in `vlm_loss`."""
+    return Task(vlm_loss(model, grounding))
 
 
 def run_training(

@@ -101,12 +101,11 @@ def _pack(
     texts = [(q.question, q.options[q.answer]) for q in asked]
     told = [q.targets for q in asked]  # the objects that each `seen` token of a text tells of, in order
     rng = np.random.default_rng(zlib.crc32(example.id.encode()))
-    side = example.picture().width if captions[1] else 0
     for number in range(sum(captions)):
         chosen = rng.permutation(len(example.objects))[:_NAMED]
         told += [(k,) for k in chosen]
         named = [example.objects[k] for k in chosen]
-        texts.append(caption(named) if number < captions[0] else columns(named, side))
+        texts.append(caption(named) if number < captions[0] else columns(named, example.side))
     ids, segments, learned = pack_turns(tokenizer, [Turn(f"{IMAGE_TAG}\n{demand}", answer) for demand, answer in texts])
     forms = [q.form for q in asked]
     whole = np.isin(segments, [1 + forms.index(form) for form in set(forms)])
@@ -116,8 +115,7 @@ def _pack(
 
 def _tokens_of(example: Example, grid: int, tells: np.ndarray, told: Sequence[Sequence[int]]) -> np.ndarray:
     """(ids, 2) int: the tokens, of grid x grid, with the middles of the objects told of where `tells`; else -1."""
-    boxes = np.array([placed.box for placed in example.objects])
-    x, y = ((boxes[:, :2] + boxes[:, 2:] / 2) * grid / example.picture().width).astype(int).T
+    x, y = example.middles(grid).T
     tokens = np.full((len(tells), _ASKED), -1)
     for place, objects in zip(np.flatnonzero(tells), told, strict=True):
         tokens[place, : len(objects)] = (y * grid + x)[list(objects)]

@@ -13,10 +13,9 @@ from flexattn_jax.inputs.datasets.vsearch import PRESETS, content_name, default_
 from flexattn_jax.inputs.tokenizer import Tokenizer
 from flexattn_jax.inputs.word_tokenizer import write_word_tokenizer
 from flexattn_jax.models.vlm import VLM
-from flexattn_jax.training.run import Data, Task, run_training
+from flexattn_jax.training.run import Data, Task, run_training, vlm_task
 from flexattn_jax.training.search import SearchSource
 from flexattn_jax.training.start import Start
-from flexattn_jax.training.step import vlm_loss
 from flexattn_jax.training.tower import TowerConfig, TowerSource, probe_params, tower_loss
 from flexattn_jax.training.views import VIEWS, joined, keep_views
 
@@ -93,7 +92,7 @@ def run_search(settings: Mapping[str, Any], workdir: str | Path) -> Path:
                     f"data.grounding is {own.grounding}, but this model has no maps that select; set it to 0, or "
                     "model.flexattention.enabled to True"
                 )
-            return Task(vlm_loss(model, own.grounding))
+            return vlm_task(model, own.grounding)
         return Task(tower_loss(model, tower), lambda seed: probe_params(model.config, seed), trains_tower=True)
 
     also = {"stage": stage, "data": dataclasses.asdict(own), "tower": dataclasses.asdict(tower)}

@@ -152,6 +152,16 @@ class Example:
         """RGB."""
         return Image.open(io.BytesIO(self.image)).convert("RGB")
 
+    @property
+    def side(self) -> int:
+        """S, without decoding the picture."""
+        return Image.open(io.BytesIO(self.image)).width
+
+    def middles(self, grid: int) -> np.ndarray:
+        """(objects, 2) int, column and row of a grid x grid in which the middle of each object lies."""
+        boxes = np.array([placed.box for placed in self.objects])
+        return ((boxes[:, :2] + boxes[:, 2:] / 2) * (grid / self.side)).astype(int)
+
 
 def ask_colour(objects: Sequence[PlacedObject], target: int, words: Sequence[str]) -> VisualQuestion:
     """Asks for the colour of one object; `words` are the options."""
