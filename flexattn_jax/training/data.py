@@ -38,7 +38,7 @@ class TrainBatch:
     batch: whole conversations; always with pixels, so that a bucket has one shape.
     labels: (B, T) int32, IGNORED where no loss is taken.
     readers: (B, R) int32, rows that predict answers, T where unused.
-    asked: (B, R, n) int32, image tokens that show what each of them is asked about, -1 for none; None: not known.
+    asked: (B, R) int32, the image token that shows what each of them is asked about, -1 for none; None: not known.
     """
 
     batch: Batch
@@ -57,7 +57,7 @@ class TrainSample(NamedTuple):
 
     sample: for `make_batch`.
     learned: (n,) bool for each of its ids, True where the loss is taken.
-    asked: (ids, n) int, image tokens that show what each id tells of, -1 for none; None: not known.
+    asked: (ids,) int, the image token that shows what each id tells of, -1 for none; None: not known.
     """
 
     sample: Sample
@@ -332,12 +332,12 @@ _NOTHING = TrainSample(Sample(np.zeros(1, np.int32)), np.zeros(1, bool))  # a ro
 
 
 def collate(
-    samples: Sequence[TrainSample | None], config: VLMConfig, length: int, readers: int, asked: int = 0
+    samples: Sequence[TrainSample | None], config: VLMConfig, length: int, readers: int, asked: bool = False
 ) -> TrainBatch:
     """Pads samples to T = `length` and R = `readers`; pixels are there even if no sample has a picture.
 
     Args:
-      asked: n of TrainBatch.asked, which the samples must know of; 0: none.
+      asked: whether the samples know of TrainBatch.asked.
 
     Raises BatchError for samples that do not fit.
     """
@@ -359,10 +359,9 @@ def collate(
     rows = answer_rows(labels, batch.image_start, readers)
     if not asked:
         return TrainBatch(batch, labels, rows)
-    known = [np.full((len(s.learned), asked), -1) if s is _NOTHING else s.asked for s in samples]
-    of_labels = np.stack([expand([tokens[:, k] for tokens in known]) for k in range(asked)], axis=-1)
-    of_labels = np.pad(of_labels.clip(-1), ((0, 0), (0, 2), (0, 0)), constant_values=-1)  # of unused rows
-    return TrainBatch(batch, labels, rows, np.take_along_axis(of_labels, rows[..., None] + 1, axis=1))
+    of_labels = expand([np.full(1, -1) if s is _NOTHING else s.asked for s in samples])
+    of_labels = np.pad(of_labels.clip(-1), ((0, 0), (0, 2)), constant_values=-1)  # of unused rows
+    return TrainBatch(batch, labels, rows, np.take_along_axis(of_labels, rows + 1, axis=1))
 
 
 def make_iterator(source: BatchSource, ahead: int) -> Any:

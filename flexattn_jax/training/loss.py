@@ -121,14 +121,14 @@ def grounding_loss(maps: jax.Array, places: jax.Array, draws: int) -> jax.Array:
 
     Args:
       maps: (layers, B, R, N) float32, as `Step.grounded` gives them; the last layer's selects for none.
-      places: (B, R, n) int32, the image tokens that show what a row is asked about, -1 for none.
+      places: (B, R) int32, the image token that shows what a row is asked about, -1 for none.
       draws: from each map; as many as a row keeps cells.
 
     Returns:
       () float32; 0 where no row is asked about anything.
     """
     shares = maps[:-1] / jnp.maximum(maps[:-1].sum(axis=-1, keepdims=True), 1e-9)
-    share = jnp.take_along_axis(shares, jnp.broadcast_to(places, (*shares.shape[:1], *places.shape)).clip(0), axis=-1)
+    share = jnp.take_along_axis(shares, places[None, ..., None].clip(0), axis=-1)[..., 0]
     missed = draws * jnp.log1p(-share.clip(1e-6, 1 - 1e-6)).sum(axis=0)
     losses = jnp.where(places >= 0, -jnp.log(-jnp.expm1(missed)), 0)
     return losses.sum() / jnp.maximum((places >= 0).sum(), 1)

@@ -13,15 +13,13 @@ from flexattn_jax.config import VLMConfig
 from flexattn_jax.inputs.batching import Buckets, Sample
 from flexattn_jax.inputs.conversations import Turn, pack_turns
 from flexattn_jax.inputs.datasets.vsearch import decode_example
-from flexattn_jax.inputs.datasets.vsearch_examples import COLUMNS, Example, caption, columns
+from flexattn_jax.inputs.datasets.vsearch_examples import Example, caption, columns
 from flexattn_jax.inputs.images import preprocess
 from flexattn_jax.inputs.prompts import IMAGE_TAG
 from flexattn_jax.inputs.tokenizer import Tokenizer
-from flexattn_jax.inputs.word_tokenizer import SAID
 from flexattn_jax.training.data import Lengths, TrainBatch, TrainSample, collate
 
 _NAMED = 3  # objects in a caption
-_ASKED = 2  # objects that a question asks about, at most
 
 
 class SearchSource:
@@ -42,15 +40,14 @@ class SearchSource:
           rows: of `load_vsearch`.
           digest: a name for their content.
           captions: of each picture, beside its questions: objects with their colours. Their loss is taken on colours
-            alone: nothing tells which objects are named, and in which order.
+            alone, as `_pack` says: nothing tells which objects are named, and in which order.
           columns: captions with the objects' columns in place of their colours.
           questions: whether the data set's are learned.
         """
         self._rows, self._config = rows, config
-        seen = [index for words in (*SAID, *COLUMNS) for index in tokenizer.encode(words)]
         counts = captions, columns
         grid = config.lowres_grid
-        self._texts = [_pack(tokenizer, decode_example(row), counts, questions, seen, grid) for row in rows]
+        self._texts = [_pack(tokenizer, decode_example(row), counts, questions, grid) for row in rows]
         slots = config.num_slots
         self.lengths = Lengths(
             np.array([_positions(segments, slots) for _, segments, _, _ in self._texts], np.int32),
@@ -79,7 +76,7 @@ class SearchSource:
 
     def collate(self, samples: Sequence[TrainSample | None], length: int, readers: int) -> TrainBatch:
         """See `data.collate`."""
-        return collate(samples, self._config, length, readers, _ASKED)
+        return collate(samples, self._config, length, readers, asked=True)
 
 
 def _positions(segments: np.ndarray, slots: int) -> int:
@@ -89,34 +86,32 @@ def _positions(segments: np.ndarray, slots: int) -> int:
 
 
 def _pack(
-    tokenizer: Tokenizer, example: Example, captions: tuple[int, int], questions: bool, seen: Sequence[int], grid: int
+    tokenizer: Tokenizer, example: Example, captions: tuple[int, int], questions: bool, grid: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Questions with their answers, and captions of colours and of columns, drawn by the picture's name.
 
     As `pack_turns` gives them, and TrainSample.asked, tokens of a grid of `grid` a side. The answer of the first
-    question of each form is learned whole; of the others, the tokens `seen`, what has to be seen: all else stands in
-    the question, and would outweigh it.
+    question of each form is learned whole; of the others, what follows the name of an object: there the name's row has
+    to see the object, or reads where it is for a row behind it. All else stands in the question, and would outweigh it.
     """
     asked = example.questions if questions else ()
     texts = [(q.question, q.options[q.answer]) for q in asked]
-    told = [q.targets for q in asked]  # the objects that each `seen` token of a text tells of, in order
     rng = np.random.default_rng(zlib.crc32(example.id.encode()))
     for number in range(sum(captions)):
-        chosen = rng.permutation(len(example.objects))[:_NAMED]
-        told += [(k,) for k in chosen]
-        named = [example.objects[k] for k in chosen]
+        named = [example.objects[k] for k in rng.permutation(len(example.objects))[:_NAMED]]
         texts.append(caption(named) if number < captions[0] else columns(named, example.side))
     ids, segments, learned = pack_turns(tokenizer, [Turn(f"{IMAGE_TAG}\n{demand}", answer) for demand, answer in texts])
     forms = [q.form for q in asked]
     whole = np.isin(segments, [1 + forms.index(form) for form in set(forms)])
-    tells = learned & np.isin(ids, seen)
-    return ids, segments, learned & whole | tells, _tokens_of(example, grid, tells, told)
+    shown = np.where(learned, _named_before(tokenizer, example, grid, ids), -1)
+    return ids, segments, learned & whole | (shown >= 0), shown
 
 
-def _tokens_of(example: Example, grid: int, tells: np.ndarray, told: Sequence[Sequence[int]]) -> np.ndarray:
-    """(ids, 2) int: the tokens, of grid x grid, with the middles of the objects told of where `tells`; else -1."""
-    x, y = example.middles(grid).T
-    tokens = np.full((len(tells), _ASKED), -1)
-    for place, objects in zip(np.flatnonzero(tells), told, strict=True):
-        tokens[place, : len(objects)] = (y * grid + x)[list(objects)]
+def _named_before(tokenizer: Tokenizer, example: Example, grid: int, ids: np.ndarray) -> np.ndarray:
+    """(ids,) int: of each id that follows the name of an object, the token of grid x grid with its middle; else -1."""
+    tokens = np.full(len(ids), -1)
+    for placed, (x, y) in zip(example.objects, example.middles(grid), strict=True):
+        name = tokenizer.encode(placed.name)
+        ends = np.flatnonzero(np.all([np.roll(ids, len(name) - k) == word for k, word in enumerate(name)], axis=0))
+        tokens[ends[ends >= len(name)]] = y * grid + x
     return tokens

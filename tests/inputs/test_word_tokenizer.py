@@ -88,7 +88,7 @@ def test_sentences_that_are_always_the_same_are_one_token(words):
 
 
 def test_what_is_said_of_an_object_follows_its_name_in_one_token(words):
-    for answer in ("The color of the crown is red.", "The crown is on the left side of the key."):
+    for answer in ("The color of the crown is red.", "Relative to the key, the crown is on the left."):
         after = words.encode(answer.removeprefix(answer.split("crown")[0]))
         assert words.decode(after[:1]) == "crown" and words.decode(after[1:2]) in SAID
 

@@ -28,7 +28,7 @@ COLUMNS = ("one", "two", "three", "four", "five", "six", "seven", "eight")  # ei
 SPLITS = ("train", "validation", "test", "test_art")
 OTHER_ARTIST = "twemoji"
 
-_VERSION = 2  # raised when the same settings give other examples
+_VERSION = 3  # raised when the same settings give other examples
 _QUALITY = 90
 _LEAST_OFFSET = 0.1  # of the picture, between the middles of two objects whose sides are asked about
 
@@ -177,7 +177,11 @@ def ask_colour(objects: Sequence[PlacedObject], target: int, words: Sequence[str
 
 
 def ask_side(objects: Sequence[PlacedObject], target: int, other: int, words: Sequence[str] = SIDES) -> VisualQuestion:
-    """Asks on which side of another object an object is, by the middles of their boxes."""
+    """Asks on which side of another object an object is, by the middles of their boxes.
+
+    The options name the other object first, the side last: where only what answers reads high resolution, as here,
+    both objects have then been looked for before their places are compared.
+    """
     name, reference = objects[target].name, objects[other].name
     side = SIDES[0] if _middle(objects[target]) < _middle(objects[other]) else SIDES[1]
     return VisualQuestion(
@@ -185,7 +189,7 @@ def ask_side(objects: Sequence[PlacedObject], target: int, other: int, words: Se
         targets=(target, other),
         question=f"Is the {name} on the left or right side of the {reference}?",
         words=tuple(words),
-        options=tuple(f"The {name} is on the {word} side of the {reference}." for word in words),
+        options=tuple(f"Relative to the {reference}, the {name} is on the {word}." for word in words),
         answer=list(words).index(side),
     )
 
