@@ -9,10 +9,8 @@ python train.py --config=configs/train_mini.py:flex,both   --workdir=runs/mini/f
     --config.start.checkpoint=runs/mini/flex-find/model
 python train.py --config=configs/train_mini.py:flex,small  --workdir=runs/mini/flex-small    smaller objects too
     --config.start.checkpoint=runs/mini/flex-both/model
-python train.py --config=configs/train_mini.py:flex,select --workdir=runs/mini/flex-select    from selected cells
+python train.py --config=configs/train_mini.py:flex        --workdir=runs/mini/flex        questions, from selected cells
     --config.start.checkpoint=runs/mini/flex-small/model
-python train.py --config=configs/train_mini.py:flex        --workdir=runs/mini/flex          questions
-    --config.start.checkpoint=runs/mini/flex-select/model
 
 In place of flex: `twin` (low resolution alone), and other ways to read a picture (docs/systems.md): `dense`
 (LLaVA-1.5-HD), `xattn` (LLaVA-XAttn), `vistog` (16 tokens). `all` (every cell is read) and `random` (random cells are)
@@ -36,23 +34,23 @@ TRAINABLE = {"xattn": "decoder,highres", "vistog": "decoder,grouping"}  # the co
 
 # What each part learns from. Search is learned where one look is enough: in captions, where an object's colour, or
 # its column, follows its name. High resolution comes first, since it shows names best; then low resolution is alone in
-# many of the samples, since its map is what selects. What is selected is read last.
-QUESTIONS = {"presets": ("standard", "crowded"), "questions": True, "text_lengths": (216,), "answer_rows": (32,)}
-CAPTIONS = {"questions": False, "captions": 4, "columns": 2, "text_lengths": (88,), "answer_rows": (18,)}
+# many of the samples, since its map is what selects. What is selected is read last, when it answers questions.
+QUESTIONS = {"presets": ("standard", "crowded"), "questions": True, "text_lengths": (216,), "answer_rows": (40,)}
+CAPTIONS = {"questions": False, "captions": 4, "columns": 1, "sides": 1, "text_lengths": (88,), "answer_rows": (18,)}
 TOWER = {
     "tower": QUESTIONS,
     "more": QUESTIONS | {"seed": 1, "pictures": 4000},  # the first 3000 it then knows by heart
 }
 PARTS = {
-    "find": CAPTIONS | {"presets": ("crowded",), "captions": 6, "columns": 0},
+    "find": CAPTIONS | {"presets": ("crowded",), "captions": 6, "columns": 0, "sides": 0},
     "both": CAPTIONS | {"presets": ("large", "crowded")},
     "small": CAPTIONS | {"presets": ("standard", "crowded")},
-    "select": CAPTIONS | {"presets": ("standard", "crowded")},
     "answers": QUESTIONS | {"captions": 2, "columns": 1},
 }
 BEFORE_SELECTION = ("find", "both", "small")
-DROPOUT = {"both": 0.5, "small": 0.3, "select": 0.3, "answers": 0.2}  # share of samples that read low resolution alone
-EPOCHS = {"tower": 4.0, "more": 4.8, "find": 4.5, "both": 2.5, "small": 1.4, "select": 1.4, "answers": 2.2}
+DROPOUT = {"both": 0.5, "small": 0.3, "answers": 0.2}  # share of samples that read low resolution alone
+EPOCHS = {"tower": 4.0, "more": 4.8, "find": 4.5, "both": 2.5, "small": 1.4, "answers": 3.6}
+GROUNDING = 1.0  # weight of a loss on the maps that select, where they do
 LEARNING_RATE = {"tower": 2e-3, "more": 1.5e-3, "answers": 1.2e-3}  # others: 1e-3
 
 
@@ -95,8 +93,9 @@ def get_config(arg: str = "flex") -> config_dict.ConfigDict:
             "pictures": 3000,
             "captions": 0,
             "columns": 0,
+            "sides": 0,
             "seed": 0,
-            "grounding": 0.0,  # weight of a loss on the maps that select; flex alone has them
+            "grounding": GROUNDING if (arm, part) == ("flex", "answers") else 0.0,
             "data_dir": "",
             "keep_views": True,
             "eval_samples": 128,

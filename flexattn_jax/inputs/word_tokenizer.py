@@ -11,7 +11,15 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from flexattn_jax.files import write_whole
-from flexattn_jax.inputs.datasets.vsearch_examples import COLUMNS, SIDES, ask_colour, ask_side, caption, columns
+from flexattn_jax.inputs.datasets.vsearch_examples import (
+    COLUMNS,
+    SIDES,
+    ask_colour,
+    ask_side,
+    caption,
+    columns,
+    sides,
+)
 from flexattn_jax.inputs.datasets.vsearch_scenes import CLASSES, COLOURS, PlacedObject
 from flexattn_jax.inputs.prompts import END_OF_ANSWER, LETTER_ANSWER, SHORT_ANSWER, SYSTEM, build_prompt
 
@@ -65,5 +73,5 @@ def _texts(name: str, other: str) -> list[str]:
     places = (0, 0, 1, 1), (9, 0, 1, 1)
     objects = [PlacedObject(n, next(iter(COLOURS)), box, "") for n, box in zip((name, other), places, strict=True)]
     asked = ask_colour(objects, 0, list(COLOURS)), ask_side(objects, 0, 1, SIDES)
-    told = [*caption(objects), *columns(objects, 10), " ".join(COLUMNS)]
+    told = [*caption(objects), *columns(objects, 10), *sides(objects), " ".join(COLUMNS)]
     return [text for each in asked for text in (each.question, *each.options)] + told

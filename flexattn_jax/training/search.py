@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from flexattn_jax.config import VLMConfig
 from flexattn_jax.inputs.batching import Buckets, Sample
 from flexattn_jax.inputs.conversations import Turn, pack_turns
 from flexattn_jax.inputs.datasets.vsearch import decode_example
-from flexattn_jax.inputs.datasets.vsearch_examples import Example, caption, columns
+from flexattn_jax.inputs.datasets.vsearch_examples import Example, caption, columns, sides
 from flexattn_jax.inputs.images import preprocess
 from flexattn_jax.inputs.prompts import IMAGE_TAG
 from flexattn_jax.inputs.tokenizer import Tokenizer
@@ -33,6 +34,7 @@ class SearchSource:
         digest: str,
         captions: int = 0,
         columns: int = 0,
+        sides: int = 0,
         questions: bool = True,
     ):
         """
@@ -42,10 +44,11 @@ class SearchSource:
           captions: of each picture, beside its questions: objects with their colours. Their loss is taken on colours
             alone, as `_pack` says: nothing tells which objects are named, and in which order.
           columns: captions with the objects' columns in place of their colours.
+          sides: captions with the side of each object, seen from the one before.
           questions: whether the data set's are learned.
         """
         self._rows, self._config = rows, config
-        counts = captions, columns
+        counts = captions, columns, sides
         grid = config.lowres_grid
         self._texts = [_pack(tokenizer, decode_example(row), counts, questions, grid) for row in rows]
         slots = config.num_slots
@@ -86,9 +89,9 @@ def _positions(segments: np.ndarray, slots: int) -> int:
 
 
 def _pack(
-    tokenizer: Tokenizer, example: Example, captions: tuple[int, int], questions: bool, grid: int
+    tokenizer: Tokenizer, example: Example, captions: tuple[int, int, int], questions: bool, grid: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Questions with their answers, and captions of colours and of columns, drawn by the picture's name.
+    """Questions with their answers, and captions of colours, columns and sides, drawn by the picture's name.
 
     As `pack_turns` gives them, and TrainSample.asked, tokens of a grid of `grid` a side. The answer of the first
     question of each form is learned whole; of the others, what follows the name of an object: there the name's row has
@@ -97,9 +100,9 @@ def _pack(
     asked = example.questions if questions else ()
     texts = [(q.question, q.options[q.answer]) for q in asked]
     rng = np.random.default_rng(zlib.crc32(example.id.encode()))
-    for number in range(sum(captions)):
-        named = [example.objects[k] for k in rng.permutation(len(example.objects))[:_NAMED]]
-        texts.append(caption(named) if number < captions[0] else columns(named, example.side))
+    for tell, count in zip((caption, partial(columns, picture_side=example.side), sides), captions, strict=True):
+        for _ in range(count):
+            texts.append(tell([example.objects[k] for k in rng.permutation(len(example.objects))[:_NAMED]]))
     ids, segments, learned = pack_turns(tokenizer, [Turn(f"{IMAGE_TAG}\n{demand}", answer) for demand, answer in texts])
     forms = [q.form for q in asked]
     whole = np.isin(segments, [1 + forms.index(form) for form in set(forms)])

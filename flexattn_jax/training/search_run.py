@@ -31,6 +31,7 @@ class SearchData:
     questions: bool = True  # the data set's
     captions: int = 0  # of a picture's colours, beside its questions; stage "answers"
     columns: int = 0  # captions of where things are; stage "answers"
+    sides: int = 0  # captions of where things are relative to each other; stage "answers"
     seed: int = 0
     data_dir: str = ""  # where they are drawn to; "": the user's data folder
     grounding: float = 0.0  # weight of the loss that maps fall on what is asked about; stage "answers"
@@ -42,11 +43,10 @@ class SearchData:
             raise ConfigError(f"data.presets is {self.presets}; name some of {', '.join(PRESETS)}, each once")
         if not 0 <= self.grounding < math.inf:
             raise ConfigError(f"data.grounding is {self.grounding}; it must be a number from 0 on")
-        if min(self.captions, self.columns) < 0 or not (self.questions or self.captions or self.columns):
-            raise ConfigError(
-                f"data.captions is {self.captions} and data.columns {self.columns}; neither can be below 0, and where "
-                "no question is learned one of them must be above"
-            )
+        texts = {name: getattr(self, name) for name in ("captions", "columns", "sides")}
+        if min(texts.values()) < 0 or not (self.questions or any(texts.values())):
+            told = ", ".join(f"data.{name} {count}" for name, count in texts.items())
+            raise ConfigError(f"{told}: none can be below 0, and where no question is learned one must be above")
 
 
 def run_search(settings: Mapping[str, Any], workdir: str | Path) -> Path:
@@ -78,7 +78,7 @@ def run_search(settings: Mapping[str, Any], workdir: str | Path) -> Path:
                     most = max(PRESETS[preset].num_objects[1] for preset in own.presets)
                     sources.append(TowerSource(rows, start.config, most, digest))
                 else:
-                    texts = own.captions, own.columns, own.questions
+                    texts = own.captions, own.columns, own.sides, own.questions
                     source = SearchSource(rows, tokenizer, start.config, digest, *texts)
                     if sources is train and kept:
                         source = keep_views(source, digest, start.config, vision, folder / VIEWS)

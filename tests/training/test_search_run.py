@@ -63,8 +63,7 @@ STAGES = {  # each with the one that it begins with, and the presets that it see
     "flex,find": ("tower", 1),
     "flex,both": ("flex,find", 1),
     "flex,small": ("flex,both", 1),
-    "flex,select": ("flex,small", 0),
-    "flex": ("flex,select", 0),
+    "flex": ("flex,small", 0),
     "random": ("flex,small", 0),
     "twin,find": ("tower", 0),
 }
@@ -98,13 +97,12 @@ def test_stage_by_stage_a_model_comes_about_that_answers(tmp_path, capsys):
     moved = {path for path in drawn if not np.array_equal(drawn[path], models["tower"][path])}
     assert moved == {path for path in drawn if path.startswith(("vision/", "connector/"))}
     answers = {path for path in drawn if path.startswith("decoder/")}
-    for arg in ("flex,find", "flex,both", "flex,small", "flex,select", "flex", "random"):
+    for arg in ("flex,find", "flex,both", "flex,small", "flex", "random"):
         assert changed(arg, STAGES[arg][0]) == answers and load_config(workdirs[arg] / "model").reads_highres
     assert changed("twin,find", "tower") <= answers and not load_config(workdirs["twin,find"] / "model").reads_highres
     for arg in ("flex,find", "flex,small"):
         assert load_config(workdirs[arg] / "model").flexattention.selector == "all"
-    for arg in ("flex,select", "flex"):
-        assert load_config(workdirs[arg] / "model").flexattention.selector == "attention"
+    assert load_config(workdirs["flex"] / "model").flexattention.selector == "attention"
     assert changed("flex", "random") and load_config(workdirs["random"] / "model").flexattention.selector == "random"
 
     example = decode_example(load_vsearch(data, "standard", "validation")[0])
@@ -171,8 +169,8 @@ MISTAKES = {
     "flex": [
         ({"start": {"checkpoint": ""}}, "--config.start.checkpoint is not given; this stage begins with DIR/model of"),
         ({"start": {"checkpoint": "no/where"}}, "no/where does not exist; this stage begins with DIR/model of"),
-        ({"data": {"captions": -1}}, "data.captions is -1 and data.columns 1; neither can be below 0"),
-        ({"data": {"questions": False, "captions": 0, "columns": 0}}, "one of them must be above"),
+        ({"data": {"captions": -1}}, "data.captions -1, data.columns 1, data.sides 0: none can be below 0"),
+        ({"data": {"questions": False, "captions": 0, "columns": 0}}, "where no question is learned one must be above"),
         ({"model": {"flexattention": {"dropout": 1.5}}}, "flexattention.dropout"),
         ({"data": {"grounding": -1.0}}, "data.grounding is -1.0; it must be a number from 0 on"),
         ({"data": {"grounding": 1.0}, "model": {"flexattention": {"enabled": False}}}, "no maps that select"),
@@ -239,4 +237,5 @@ def test_the_arms_differ_in_what_they_read_and_in_nothing_else(arg, checkpoint):
     assert found.flexattention.selector == {"all": "all", "random": "random"}.get(arg, "attention")
     if arg in ("xattn", "vistog"):  # which have parameters of their own
         values["optimizer"]["trainable"] = flex["optimizer"]["trainable"]
+    assert [v["data"].pop("grounding") for v in (values, flex)] == [arg == "flex", True]  # where a map selects, it is taught
     assert values | {"model": None} == flex | {"model": None}

@@ -183,7 +183,7 @@ def ask_side(objects: Sequence[PlacedObject], target: int, other: int, words: Se
     both objects have then been looked for before their places are compared.
     """
     name, reference = objects[target].name, objects[other].name
-    side = SIDES[0] if _middle(objects[target]) < _middle(objects[other]) else SIDES[1]
+    side = _side_of(objects[target], objects[other])
     return VisualQuestion(
         form=RELATIONS,
         targets=(target, other),
@@ -204,6 +204,13 @@ def columns(objects: Sequence[PlacedObject], picture_side: int) -> tuple[str, st
     words = [COLUMNS[min(int(_middle(o) * len(COLUMNS) / picture_side), len(COLUMNS) - 1)] for o in objects]
     named = ", ".join(f"{o.name} {word}" for o, word in zip(objects, words, strict=True))
     return "Name some objects and their columns.", f"{named}."
+
+
+def sides(objects: Sequence[PlacedObject]) -> tuple[str, str]:
+    """A demand and its answer, which names objects in this order, each but the first on its side of the one before."""
+    first, *others = objects
+    told = [f"the {o.name} is on the {_side_of(o, before)}" for before, o in zip(objects, others, strict=False)]
+    return "Name some objects, each relative to the last.", ", ".join([first.name, *told]) + "."
 
 
 def generate(config: VSearchConfig, split: str, threads: int | None = None) -> Iterator[Example]:
@@ -277,6 +284,10 @@ def _pairs(objects: Sequence[PlacedObject], offset: float) -> list[tuple[int, in
     middles = [_middle(placed) for placed in objects]
     count = len(objects)
     return [(i, j) for i in range(count) for j in range(i + 1, count) if abs(middles[i] - middles[j]) >= offset]
+
+
+def _side_of(placed: PlacedObject, other: PlacedObject) -> str:
+    return SIDES[0] if _middle(placed) < _middle(other) else SIDES[1]
 
 
 def _middle(placed: PlacedObject) -> float:
