@@ -97,11 +97,14 @@ def stage_of(arm: str, part: str) -> str:
 
 
 def train(stage: str, workdir: Path, *settings: str) -> None:
-    """Runs train.py, unless the model is there."""
-    if (workdir / "model" / "config.json").is_file():
+    """Runs train.py, unless the model is there; a run that is asked to stop ends the study, too."""
+    model = workdir / "model" / "config.json"
+    if model.is_file():
         return
     command = [sys.executable, str(ROOT / "train.py"), f"--config={ROOT}/configs/train_mini.py:{stage}"]
     subprocess.run([*command, f"--workdir={workdir}", *settings], check=True)
+    if not model.is_file():
+        sys.exit(f"{workdir} was stopped before its end; the same command goes on from there")
 
 
 def run_test(test: Test, model: Path, file: Path, data_dir: str, pictures: int) -> list[dict[str, Any]]:

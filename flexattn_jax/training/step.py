@@ -47,7 +47,7 @@ def vlm_loss(model: VLM, grounding: float = 0.0) -> LossFn:
             return loss, {}
         metrics = {}
         if grounded:
-            metrics["grounding_loss"] = grounding_loss(named["map"], batch.asked[:, : named["map"].shape[2]], draws)
+            metrics["grounding_loss"] = grounding_loss(named["map"], batch.asked, draws)
             loss += grounding * metrics["grounding_loss"]
         # The last layer's selection is made and read by none.
         cells, overflow = named["cells"][:-1].astype(jnp.float32), named["overflow"][:-1].astype(jnp.float32)
