@@ -9,7 +9,7 @@ python train.py --config=configs/train_mini.py:flex,both   --workdir=runs/mini/f
     --config.start.checkpoint=runs/mini/flex-find/model
 python train.py --config=configs/train_mini.py:flex,small  --workdir=runs/mini/flex-small    smaller objects too
     --config.start.checkpoint=runs/mini/flex-both/model
-python train.py --config=configs/train_mini.py:flex        --workdir=runs/mini/flex        questions, from selected cells
+python train.py --config=configs/train_mini.py:flex        --workdir=runs/mini/flex        questions, selected cells
     --config.start.checkpoint=runs/mini/flex-small/model
 
 In place of flex: `twin` (low resolution alone), and other ways to read a picture (docs/systems.md): `dense`

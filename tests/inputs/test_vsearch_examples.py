@@ -129,7 +129,7 @@ def test_questions_ask_about_what_is_there(examples):
                 assert correct == ("left" if middles[0] < middles[1] else "right")
                 first, second = placed[0].name, placed[1].name
                 assert asked.question == f"Is the {first} on the left or right side of the {second}?"
-                assert asked.options[asked.answer] == f"The {first} is on the {correct} side of the {second}."
+                assert asked.options[asked.answer] == f"Relative to the {second}, the {first} is on the {correct}."
 
 
 def test_splits_share_no_photograph_and_other_art_no_artist():

@@ -1,5 +1,7 @@
 """vsearch as training samples: every question of a picture as if it were asked alone."""
 
+import itertools
+
 import numpy as np
 import pytest
 from mini_search import mini_config, search_config
@@ -97,6 +99,27 @@ def test_captions_name_what_is_there_and_only_what_follows_the_names_is_learned(
             assert [words.decode([index]) for index in sample.ids[mine & learned]] == list(named.values())
             told.add(answer)
     assert len(told) > len(rows)  # a picture has captions of its own, and they differ
+
+
+def test_captions_of_sides_tell_of_each_object_where_it_is_from_the_last(rows, words):
+    source = SearchSource(rows, words, mini_config(), "six", sides=2, questions=False)
+    seen = set()
+    for k in range(len(rows)):
+        middle = {o.name: o.box[0] + o.box[2] / 2 for o in decode_example(rows[k]).objects}
+        sample, learned, asked = source.text(k)
+        for number in (1, 2):
+            mine = sample.segments == number
+            answer = words.decode(sample.ids[mine][:-1]).split("ASSISTANT: ")[1].removesuffix(".")
+            first, *others = answer.split(", the ")
+            named = [(first, ""), *(tuple(other.split(" is on the ")) for other in others)]
+            assert len(named) == 3 and len({name for name, _ in named}) == 3
+            for (before, _), (name, side) in itertools.pairwise(named):
+                assert side == ("left" if middle[name] < middle[before] else "right")
+                seen.add(side)
+            said = [words.decode([index]) for index in sample.ids[mine & learned]]
+            assert said == [", the", *(f"is on the {side}" for _, side in named[1:])]
+        assert (learned == (asked >= 0)).all()
+    assert seen == {"left", "right"}
 
 
 def test_a_batch_reads_high_resolution_before_every_answer_token(source):

@@ -237,5 +237,8 @@ def test_the_arms_differ_in_what_they_read_and_in_nothing_else(arg, checkpoint):
     assert found.flexattention.selector == {"all": "all", "random": "random"}.get(arg, "attention")
     if arg in ("xattn", "vistog"):  # which have parameters of their own
         values["optimizer"]["trainable"] = flex["optimizer"]["trainable"]
-    assert [v["data"].pop("grounding") for v in (values, flex)] == [arg == "flex", True]  # where a map selects, it is taught
+    assert [v["data"].pop("grounding") for v in (values, flex)] == [
+        arg == "flex",
+        True,
+    ]  # where a map selects, it is taught
     assert values | {"model": None} == flex | {"model": None}
