@@ -18,6 +18,7 @@ from flexattn_jax.checkpoints.quantize import quantize
 from flexattn_jax.checkpoints.store import open_checkpoint
 from flexattn_jax.checkpoints.trees import param_shapes, unstack_layers
 from flexattn_jax.config import IMAGE_PLACEHOLDER, VLMConfig, override
+from flexattn_jax.config_parts import require
 from flexattn_jax.inference.generation import Generated, Sampling, advance, generate, start
 from flexattn_jax.inference.reading import Prompts, can_share, read_beginning
 from flexattn_jax.inference.scoring import Scored, score
@@ -29,9 +30,12 @@ from flexattn_jax.models.vlm import VLM, Features, Memory
 from flexattn_jax.partitioning import Partition
 from flexattn_jax.reports import EncodedPicture, Generation, OptionScores, SelectionReport
 from flexattn_jax.requests import (
+    check_capture,
+    check_ids,
     check_lists,
     check_new_tokens,
     check_options,
+    check_pixels,
     check_sampling,
     check_texts,
     scorer_continuation,
@@ -68,14 +72,20 @@ def load(
 
     Raises:
       CheckpointError: the folder is missing, incomplete or damaged.
-      ConfigError: an override names no setting, settings that do not go together, or unknown `weights`.
+      ConfigError: an override names no setting, settings that do not go together, unknown `weights`, or `buckets` or a
+        `partition` of another kind.
       TokenizerError: the folder's tokeniser cannot be read.
     """
+    require(isinstance(buckets, Buckets), f"buckets is {buckets!r}; it must be inputs.batching.Buckets(...)")
+    require(
+        partition is None or isinstance(partition, Partition),
+        f"partition is {partition!r}; it must be what partitioning.make_partition gives, or None",
+    )
     on_cpu = jax.default_backend() == "cpu"
     # XLA's CPU programs copy each layer's weights out of a scanned stack, which makes decoding about 3 x slower.
     settings = {"dtype": dtype or ("float32" if on_cpu else "bfloat16"), "scan_layers": not on_cpu}
     checkpoint = open_checkpoint(path, vision_tower=vision_tower)
-    config = override(checkpoint.config, settings | (config_overrides or {}))
+    config = override(override(checkpoint.config, settings), config_overrides)
     if config.flexattention is not None and config.flexattention.enabled and not config.reads_highres:
         logging.warning(
             "no layer reads high resolution: layer %d (flexattention.first_layer) would select for later ones, "
@@ -224,7 +234,9 @@ class VisionLanguageModel:
         check_options(options)
         prompts = self._prompts(images, [scorer_question(scorer, question) for question in questions])
         continuations = [[scorer_continuation(scorer, option) for option in sample] for sample in options]
-        return [scores.losses for scores in self.score_prompts(images, prompts, continuations)]
+        losses = [scores.losses for scores in self.score_prompts(images, prompts, continuations)]
+        self._check_finite(np.isfinite([loss for sample in losses for loss in sample]))
+        return losses
 
     def generate_prompts(
         self,
@@ -259,7 +271,7 @@ class VisionLanguageModel:
     def score_prompts(
         self, images: Sequence[Picture | None], prompts: Sequence[str], continuations: Sequence[Sequence[str]]
     ) -> list[OptionScores]:
-        """Scores texts that are appended verbatim to whole prompts; see `score`."""
+        """Scores texts that are appended verbatim to whole prompts; see `score`. A loss may be NaN or infinite here."""
         check_lists(images=images, prompts=prompts, continuations=continuations)
         check_texts("prompts", prompts)
         check_options(continuations)
@@ -298,19 +310,23 @@ class VisionLanguageModel:
             "groups" (B, N) int32, the group of each patch.
 
         Returns:
-          (B, T, V) float32, T the longest expanded prompt (positions beyond a sample's own length are meaningless);
-          with `capture`, that and a dict of the named arrays.
+          (B, T, V) float32 as they come, NaN and infinity included, T the longest expanded prompt (positions beyond a
+          sample's own length are meaningless); with `capture`, that and a dict of the named arrays.
         """
+        check_capture(capture)
         samples = self._samples_from_ids(images_or_pixels, input_ids, image_sizes)
         batch = make_batch(samples, self.config, self.buckets, pad_batch_to=len(samples))
         features = None
         if any(sample.encoded for sample in samples):
             features = self._features(self._all_encoded(images_or_pixels), len(samples))
             batch = batch.replace(pixels=None)
-        logits, named = self._run(self._forward, len(samples), batch, features, capture=bool(capture))
-        unknown = [name for name in capture if name not in named]
-        if unknown:
-            raise KeyError(f"no intermediate {', '.join(unknown)} here; there are {', '.join(sorted(named))}")
+        args = len(samples), batch, features
+        if capture:  # before compiling, which takes much longer than to find out what there is
+            _, known = self._run(self._forward.eval_shape, *args, capture=True)
+            unknown = [name for name in capture if name not in known]
+            if unknown:
+                raise BatchError(f"no intermediate {', '.join(unknown)} here; there are {', '.join(sorted(known))}")
+        logits, named = self._run(self._forward, *args, capture=bool(capture))
         logits = logits[:, : int(batch.lengths.max())]
         return (logits, {name: named[name] for name in capture}) if capture else logits
 
@@ -386,7 +402,7 @@ class VisionLanguageModel:
         own = [nothing if picture is None else picture.features for picture in pictures]
         return jax.tree.map(lambda *parts: jnp.concatenate(parts), *own, *[nothing] * (rows - len(own)))
 
-    def _check_finite(self, finite: jax.Array) -> None:
+    def _check_finite(self, finite: jax.Array | np.ndarray) -> None:
         if not np.asarray(finite).all():
             raise BatchError(
                 "the model's logits are NaN or infinite: its weights are damaged (import them again), or overflow "
@@ -401,7 +417,7 @@ class VisionLanguageModel:
         return Sample(ids, size=image.size, encoded=True)
 
     def _samples_from_ids(self, pictures: Any, input_ids: Any, sizes: Any) -> list[Sample]:
-        rows = [np.asarray(row) for row in input_ids]
+        rows = check_ids(input_ids)
         if pictures is None:
             return [Sample(row) for row in rows]
         check_lists(images_or_pixels=pictures, input_ids=rows)
@@ -410,14 +426,10 @@ class VisionLanguageModel:
         if sizes is None:
             sizes = [None] * len(rows)
         check_lists(image_sizes=sizes, input_ids=rows)
-        if not np.isfinite(np.asarray(pictures, np.float32)).all():
-            raise BatchError("images_or_pixels holds pixels that are NaN or infinite; normalise whole pictures")
         marks = (IMAGE_PLACEHOLDER, self.config.image_token_id)
         return [
-            Sample(row, np.asarray(pixels, np.float32), size)
-            if np.isin(row, [m for m in marks if m]).any()
-            else Sample(row)
-            for row, pixels, size in zip(rows, pictures, sizes, strict=True)
+            Sample(row, pixels, size) if np.isin(row, [m for m in marks if m]).any() else Sample(row)
+            for row, pixels, size in zip(rows, check_pixels(pictures), sizes, strict=True)
         ]
 
     def _report(self, result: Generated | Scored, row: int, prompt: str) -> SelectionReport | None:

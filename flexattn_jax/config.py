@@ -56,6 +56,7 @@ __all__ = [
 IMAGE_PLACEHOLDER = -200
 
 LARGEST_INTEGER = 2**32
+LARGEST_FLOAT = (2 - 2**-23) * 2.0**127  # that float32 can hold
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,8 +102,14 @@ def open_checkpoint(
 
     Both kinds have `.config`, `.folder` (with the tokenizer's files) and `.params(config, dtype=..., shardings=...)`.
     """
-    path = pathlib.Path(path)
-    if not path.exists():
+    try:
+        path = pathlib.Path(path)
+        exists = path.exists()
+    except (OSError, TypeError) as error:  # too long, or of another kind
+        raise CheckpointError(
+            f"{str(path)[:80]!r} is no path; give the folder of an imported or published checkpoint."
+        ) from error
+    if not exists:
         raise CheckpointError(f"{path} does not exist; give the folder of an imported or published checkpoint.")
     if not is_native(path):
         return open_source(path, vision_tower)

@@ -166,8 +166,8 @@ def choose(logits: jax.Array, sampling: Sampling, number: jax.Array) -> jax.Arra
 def nucleus(probabilities: jax.Array, share: jax.Array) -> jax.Array:
     """The likeliest tokens that hold `share` of the probability together: (B, V) float32 -> (B, V) bool.
 
-    Equally likely tokens are all in or all out. Nothing is sorted: the bits of positive floats are ordered as the
-    floats are, and 31 sums find the largest bits above which there is enough.
+    Equally likely tokens are all in or all out, and the likeliest are always in. Nothing is sorted: the bits of
+    positive floats are ordered as the floats are, and 31 sums find the largest bits above which there is enough.
     """
     bits = jax.lax.bitcast_convert_type(probabilities, jnp.int32)
 
@@ -177,6 +177,7 @@ def nucleus(probabilities: jax.Array, share: jax.Array) -> jax.Array:
         return jnp.where(held >= share, higher, least)
 
     least = jax.lax.fori_loop(0, 31, halve, jnp.zeros(len(bits), jnp.int32))
+    least = jnp.minimum(least, bits.max(axis=-1))  # a share that rounds to 0 is held by no token
     return (bits >= least[:, None]) | (share >= 1)
 
 

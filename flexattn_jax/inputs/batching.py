@@ -97,8 +97,9 @@ class Buckets:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             sizes = getattr(self, field.name)
-            if not sizes or sizes[0] < 1 or list(sizes) != sorted(set(sizes)):
-                raise ConfigError(f"buckets.{field.name} {sizes} must be ascending numbers from 1 on")
+            whole = isinstance(sizes, (tuple, list)) and all(map(_is_count, sizes))
+            if not whole or not sizes or list(sizes) != sorted(set(sizes)):
+                raise ConfigError(f"buckets.{field.name} {sizes!r} must be ascending whole numbers from 1 on")
 
     def text_length(self, needed: int) -> int:
         """The bucket for `needed` tokens of text; BatchError if it is longer than the largest."""
@@ -351,6 +352,15 @@ def _checked(sample: Sample, index: int, config: VLMConfig) -> tuple[np.ndarray,
     expected = (3, config.image_size, config.image_size)
     if sample.pixels is not None and np.shape(sample.pixels) != expected:
         raise BatchError(f"{name} has pixels of shape {np.shape(sample.pixels)}; this model reads {expected}")
-    if start >= 0 and sample.size is not None and min(sample.size) < 1:
-        raise BatchError(f"{name} has a picture of size {sample.size}; width and height must be at least 1")
+    if start >= 0 and sample.size is not None and not _is_size(sample.size):
+        raise BatchError(f"{name} has a picture of size {sample.size!r}; width and height must be at least 1")
     return ids, start
+
+
+def _is_size(size: Any) -> bool:
+    sequence = isinstance(size, (tuple, list)) or getattr(size, "ndim", 0) == 1
+    return sequence and len(size) == 2 and all(map(_is_count, size))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 1

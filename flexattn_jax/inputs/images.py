@@ -56,6 +56,8 @@ def load_image(source: ImageSource, max_pixels: int | None = None) -> Image.Imag
         ImageError: missing, empty, truncated, too large, or not a picture.
     """
     max_pixels = MAX_PIXELS if max_pixels is None else max_pixels
+    if not isinstance(max_pixels, (int, np.integer)):
+        raise ImageError(f"max_pixels is {max_pixels!r}; it must be a whole number, or None")
     if isinstance(source, np.ndarray):
         if source.ndim != 3 or source.shape[2] != 3 or source.dtype != np.uint8:
             raise ImageError(

@@ -169,7 +169,7 @@ def test_wrong_calls_say_what_is_wrong(setup, tokenizer):
         vlm.generate_prompts([None], [build_prompt("a")])
     with pytest.raises(BatchError, match="came without a tokeniser"):
         VisionLanguageModel(config, params).answer([None], ["a"])
-    with pytest.raises(KeyError, match="no intermediate heat here; there are"):
+    with pytest.raises(BatchError, match="no intermediate heat here; there are"):
         vlm.logits(None, [[1, 5]], capture=["heat"])
 
 

@@ -42,6 +42,13 @@ def test_the_nucleus_is_the_shortest_beginning_of_the_sorted_tokens(share):
         assert own[order[: own.sum()]].all()
 
 
+@pytest.mark.parametrize("share", [0.0, 1e-45, 1e-30])
+def test_the_likeliest_token_is_kept_whatever_the_share(share):
+    probabilities = jax.nn.softmax(jnp.array([[1.0, 3.0, 2.0], [0.0, 0.0, -90.0]]))
+    kept = np.asarray(nucleus(probabilities, jnp.float32(share)))
+    assert kept.tolist() == [[False, True, False], [True, True, False]]
+
+
 def test_a_share_of_one_keeps_every_token_and_equals_stay_together():
     assert np.asarray(nucleus(jnp.full((1, 8), 0.125), jnp.float32(0.3))).all()
     assert np.asarray(nucleus(jax.nn.softmax(jnp.array([[-90.0, 0.0, 3.0]])), jnp.float32(1))).all()
@@ -80,8 +87,10 @@ def test_wrong_settings_are_named(vlm, pictures):
     def ask(**settings):
         return vlm.answer(pictures[:1], QUESTIONS[:1], **settings)
 
-    with pytest.raises(BatchError, match="temperature is -1; it must be a number from 0 on"):
+    with pytest.raises(BatchError, match="temperature is -1; it must be a number from 0 to"):
         ask(temperature=-1)
+    with pytest.raises(BatchError, match="temperature is 1000"):
+        ask(temperature=10**400)
     with pytest.raises(BatchError, match="top_p is 0; it must be a number above 0 and at most 1"):
         ask(top_p=0)
     with pytest.raises(
