@@ -125,10 +125,10 @@ class ConversationSource:
 
         `skipped` lists conversations that have nothing to learn from.
         """
-        if max_length > config.decoder.max_positions:
+        if not 1 <= max_length <= config.decoder.max_positions:
             raise ConfigError(
-                f"data.max_length {max_length} is longer than the {config.decoder.max_positions} positions that the "
-                "model is made for; lower it"
+                f"data.max_length is {max_length}; it must lie in 1..{config.decoder.max_positions}, the positions "
+                "that the model is made for"
             )
         self._pictures, self._tokenizer, self._config, self._max_length = pictures, tokenizer, config, max_length
         tokenized = functools.partial(_measure, tokenizer, max_length, config.num_slots)

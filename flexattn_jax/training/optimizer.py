@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from flexattn_jax.checkpoints.trees import flatten, nest
-from flexattn_jax.config import ConfigError
+from flexattn_jax.config import LARGEST_FLOAT, ConfigError
 
 SCHEDULES = ("cosine", "constant")
 NOT_DECAYED = ("scale", "bias")  # of norms and linear layers
@@ -36,12 +36,13 @@ class OptimizerConfig:
     def __post_init__(self):
         for name, allowed in (
             ("schedule", self.schedule in SCHEDULES),
-            ("learning_rate", self.learning_rate > 0),
+            ("learning_rate", 0 < self.learning_rate <= LARGEST_FLOAT),
             ("warmup_share", 0 <= self.warmup_share < 1),
             ("b1", 0 <= self.b1 < 1),
             ("b2", 0 <= self.b2 < 1),
-            ("weight_decay", self.weight_decay >= 0),
-            ("clip_norm", self.clip_norm is None or self.clip_norm > 0),
+            ("eps", 0 < self.eps <= LARGEST_FLOAT),
+            ("weight_decay", 0 <= self.weight_decay <= LARGEST_FLOAT),
+            ("clip_norm", self.clip_norm is None or 0 < self.clip_norm <= LARGEST_FLOAT),
             ("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1),
         ):
             if not allowed:

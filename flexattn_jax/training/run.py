@@ -48,6 +48,7 @@ from flexattn_jax.training.step import LossFn, alpha_ramp, make_eval_step, make_
 
 MODEL = "model"
 RUN = "run.json"
+MAX_STEPS = 2**31 - 1  # they are counted in int32
 
 # Mistakes of the user's, each of which says what to do; anything else that is raised is a fault of the program.
 USER_ERRORS = (
@@ -229,6 +230,10 @@ def _run(config: RunConfig, start: Start, data: Data, task: Task, workdir: Path,
     else:
         train_rows, eval_rows = np.arange(len(source)), np.arange(min(len(held_out), config.data.eval_samples))
     steps_per_epoch = -(-len(train_rows) // config.batch_size)
+    if config.epochs * steps_per_epoch > MAX_STEPS:
+        raise ConfigError(
+            f"epochs is {config.epochs:g}, {steps_per_epoch} steps each; lower it: a run has at most {MAX_STEPS} steps"
+        )
     total = max(1, round(config.epochs * steps_per_epoch))
     buckets = Buckets(text_lengths=config.data.text_lengths)
     size = config.batch_size // config.accumulation

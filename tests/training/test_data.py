@@ -170,5 +170,6 @@ def test_conversations_become_samples_and_their_lengths_are_remembered(llava_dat
     assert len(counted) == 3
     none = make(None, max_length=60)
     assert len(none) == 0 and len(none.skipped) == 30 and "longest length" in none.skipped[0].reason
-    with pytest.raises(ConfigError, match=r"data\.max_length"):
-        make(None, max_length=5000)
+    for length in (5000, 0, -5):
+        with pytest.raises(ConfigError, match=rf"data\.max_length is {length}; it must lie in 1\.\."):
+            make(None, max_length=length)
