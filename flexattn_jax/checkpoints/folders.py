@@ -40,6 +40,8 @@ def replacing(
         draft.mkdir()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror}.") from None
+    except ValueError:  # a NUL character
+        raise CheckpointError(f"{path} is no valid path; give another folder to write to.") from None
     try:
         yield draft
         if path.exists():

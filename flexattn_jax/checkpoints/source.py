@@ -160,6 +160,8 @@ def open_source(
     if embedding in tensors and tensors[embedding].info.dtype == "BF16":
         config = dataclasses.replace(config, dtype="bfloat16")
     if init_seed is not None:
+        if init_seed < 0:
+            raise CheckpointError(f"the seed of the projections is {init_seed}; it must be a whole number from 0 on.")
         config = _with_flexattention(config, folder)
     return SourceCheckpoint(config, layout, tensors, str(folder), folder, tower, init_seed)
 

@@ -216,6 +216,8 @@ def test_a_llava_checkpoint_becomes_a_flexattention_one(tmp_path):
     source.tower_config = clip
     source.tower_tensors["vision_model.embeddings.position_embedding.weight"] = np.ones((17, 8), np.float32)
     source.write()
+    with pytest.raises(CheckpointError, match="seed of the projections is -1"):
+        import_weights(source.folder, tmp_path / "d", vision_tower=source.tower, init_seed=-1)
     for seed, out in ((0, "a"), (0, "b"), (1, "c")):
         summary = import_weights(source.folder, tmp_path / out, vision_tower=source.tower, init_seed=seed)
     flex = summary.config.flexattention

@@ -239,7 +239,7 @@ def test_an_import_on_a_full_disk_leaves_what_was_there(source, tmp_path, capsys
     with full_disk(2000):
         assert export_weights.main(["--source", str(out), "--out", str(tmp_path / "e"), "--layout", "llava"]) == 1
     assert not (tmp_path / "e").exists()
-    for target in (tmp_path / "a file" / "x", Path("/proc/x")):
+    for target in (tmp_path / "a file" / "x", Path("/proc/x"), tmp_path / "a\0b"):
         (tmp_path / "a file").touch()
         assert import_weights.main(["--source", str(source), "--out", str(target)]) == 1
         assert one_sentence(capsys.readouterr().err.splitlines()[-1])
