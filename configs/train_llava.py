@@ -88,13 +88,9 @@ def get_config(arg: str = "instruct") -> config_dict.ConfigDict:
     config.export = "last"  # or "best"
     config.export_dtype = "float32"  # or "bfloat16"
     # What to change in the checkpoint's own configuration; None leaves a setting as it is.
-    config.model = config_dict.ConfigDict(
-        {
-            "scan_layers": config_dict.placeholder(bool),
-            "remat": "dots",  # or "full" (less memory), "none"
-            **system_overrides(TRAINING),
-        }
-    )
+    config.model = system_overrides(TRAINING)
+    config.model.scan_layers = config_dict.placeholder(bool)
+    config.model.remat = "dots"  # or "full" (less memory), "none"
     if grouping:
         config.model.grouping.groups = 64  # or 144, 256
     config.loop = config_dict.ConfigDict(
