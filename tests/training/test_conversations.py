@@ -143,6 +143,7 @@ def test_what_cannot_be_used_is_listed_and_the_rest_is_read(write):
         "no path inside": good | {"image": "../../secret.jpg"},
         "is no path inside": good | {"image": "/etc/passwd"},
         "more than one picture": good | {"image": ["vqa/1.jpg", "vqa/2.png"]},
+        "not the path of a picture": good | {"image": 5},
         "stands in it 2 times": good | {"conversations": said("<image>\n<image>\nWhat?", "red")},
         "names no picture": {"id": "x", "conversations": said("<image>\nWhat?", "red")},
         "stands in an answer": good | {"conversations": said("What?", "<image>")},

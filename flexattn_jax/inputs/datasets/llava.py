@@ -144,8 +144,10 @@ def _conversation(name: str, record: Any, finder: PictureFinder) -> Conversation
         if tags:
             raise ConversationError(f"it holds {IMAGE_TAG} and names no picture")
         return Conversation(name, turns)
-    if not isinstance(picture, str):
+    if isinstance(picture, list) and len(picture) > 1:
         raise ConversationError("it names more than one picture; one a conversation is supported")
+    if not isinstance(picture, str):
+        raise ConversationError("its `image` is not the path of a picture")
     if tags > 1:
         raise ConversationError(f"{IMAGE_TAG} stands in it {tags} times; one picture a conversation is supported")
     place = next((i for i, turn in enumerate(turns) if IMAGE_TAG in turn.question), 0)
