@@ -8,13 +8,15 @@ nobody else can put one.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import math
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 SETTINGS_BYTES = 1 << 24  # a file of settings; the largest published one, a tokeniser's, has 4 MB
 DATA_BYTES = 1 << 32  # a file of questions or conversations, some with pictures in base64
@@ -29,6 +31,14 @@ def packaged(name: str) -> Path:
     return Path(__file__).parent / "assets" / name
 
 
+def regular(path: Path) -> os.stat_result:
+    """The status of a regular file. Raises OSError, or FileError where it is of another kind."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise FileError("is a folder, pipe or device, not a file")
+    return status
+
+
 def read_bytes(path: Path, limit: int = SETTINGS_BYTES) -> bytes:
     """The content of a regular file of at most `limit` bytes.
 
@@ -37,10 +47,7 @@ def read_bytes(path: Path, limit: int = SETTINGS_BYTES) -> bytes:
         FileError: it is of another kind, too large, or cannot be read.
     """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise FileError("is a folder, pipe or device, not a file")
-        if status.st_size > limit:
+        if regular(path).st_size > limit:
             raise FileError(f"is larger than {limit:,} bytes, which no file of this kind is")
         with path.open("rb") as file:
             return file.read(limit)
@@ -140,6 +147,36 @@ def naming(path: Path) -> Iterator[None]:
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+
+
+def lock_file(path: Path, wait: bool = False, mode: int = 0o666) -> BinaryIO:
+    """Opens and locks a file, made where it is missing; what may be in it stays. Closing it gives the lock back.
+
+    The kernel gives the lock back when the process dies, however it dies.
+
+    Args:
+        path: must be no link, which could lead to a stranger's file, and no pipe.
+        wait: until no other process holds the lock.
+        mode: of a new file.
+
+    Raises:
+        BlockingIOError: another process holds the lock, and `wait` is False.
+        OSError: it cannot be opened.
+    """
+    refused = OSError(errno.EINVAL, f"its {path.name} is a link, pipe or device, not a file: remove that", str(path))
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, mode)
+    except OSError as error:
+        raise (refused if path.is_symlink() else error) from None
+    file = os.fdopen(descriptor, "r+b", buffering=0)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise refused
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def private_folder(path: Path) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from flexattn_jax.costs.cases import Case, Settings, expand
 from flexattn_jax.costs.measure import FAILED, LATE, MISSING, OK
 from flexattn_jax.costs.records import COLD, FILE, FILL, WARM, Costs, Record, resume, write_costs
 from flexattn_jax.costs.targets import MissingCompiler, check_installed, environment, parse_target
-from flexattn_jax.files import FileError, private_folder
+from flexattn_jax.files import FileError, lock_file, private_folder
 
 BUSY = 0.25  # cores in use by others from which a reading is too high to trust
 _CACHE = ".compiled"  # of programs, which are run when they are found again
@@ -177,16 +176,14 @@ def _hopeless(costs: Costs, job: Job) -> bool:
 @contextlib.contextmanager
 def _only_one() -> Iterator[None]:
     """One process a machine and user measures; another one's compiler would be in every reading."""
-    path = os.path.join(tempfile.gettempdir(), f"flexattn_jax_costs_{os.getuid()}.lock")
+    path = Path(tempfile.gettempdir(), f"flexattn_jax_costs_{os.getuid()}.lock")
     try:
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        lock = lock_file(path, mode=0o600)
+    except BlockingIOError as error:
+        raise ConfigError("another compile_costs.py measures on this machine; wait until it is done") from error
     except OSError as error:
         raise ConfigError(f"{path}, which keeps two runs apart, cannot be opened: {error.strerror or error}") from error
-    with os.fdopen(descriptor, "r+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError("another compile_costs.py measures on this machine; wait until it is done") from error
+    with lock:
         yield
 
 

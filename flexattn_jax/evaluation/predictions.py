@@ -7,7 +7,6 @@ workdir/predictions.jsonl   one line a finished question
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import math
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flexattn_jax.config import from_dict
-from flexattn_jax.files import DATA_BYTES, FileError, naming, parse_json, read_bytes, read_json, write_whole
+from flexattn_jax.files import DATA_BYTES, FileError, lock_file, naming, parse_json, read_bytes, read_json, write_whole
 from flexattn_jax.inputs.datasets.questions import Question
 
 PREDICTIONS = "predictions.jsonl"
@@ -100,20 +99,17 @@ class PredictionLog:
     def __enter__(self) -> PredictionLog:
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.workdir / ".lock", "w")
-        except OSError as error:
-            raise WorkdirError(f"the workdir {self.workdir} cannot be written ({error.strerror})") from error
-        try:
-            # The kernel gives the lock back when the process dies, however it dies.
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._check_settings()
-            self._read()
-            self._file = open(self.workdir / PREDICTIONS, "ab")
+            self._lock = lock_file(self.workdir / ".lock")
         except BlockingIOError:
-            self._lock.close()
             raise WorkdirError(
                 f"another evaluation is writing to the workdir {self.workdir}; wait for it or choose another --workdir"
             ) from None
+        except OSError as error:
+            raise WorkdirError(f"the workdir {self.workdir} cannot be written ({error.strerror})") from error
+        try:
+            self._check_settings()
+            self._read()
+            self._file = open(self.workdir / PREDICTIONS, "ab")
         except BaseException:
             self._lock.close()
             raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import json
 import time
@@ -20,7 +19,7 @@ from flexattn_jax.checkpoints.errors import CheckpointError
 from flexattn_jax.checkpoints.store import save_model
 from flexattn_jax.checkpoints.trees import param_shapes
 from flexattn_jax.config import ConfigError, VLMConfig, dotted, from_dict
-from flexattn_jax.files import FileError, read_json, write_whole
+from flexattn_jax.files import FileError, lock_file, read_json, write_whole
 from flexattn_jax.inputs.batching import BatchError, Buckets
 from flexattn_jax.inputs.conversations import ConversationError
 from flexattn_jax.inputs.datasets.llava import HOMES, Skipped, read_llava
@@ -389,14 +388,12 @@ def _locked(workdir: Path) -> Iterator[None]:
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / ".lock").open("w")
+        lock = lock_file(workdir / ".lock")
+    except BlockingIOError:
+        raise TrainingFault(f"another run is at work in {workdir}; wait for it or give another --workdir") from None
     except OSError as error:
         raise TrainingFault(f"the workdir {workdir} cannot be written ({error.strerror}); give another one") from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise TrainingFault(f"another run is at work in {workdir}; wait for it or give another --workdir") from None
         yield
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import math
@@ -17,6 +16,7 @@ from rich.progress import track
 
 from flexattn_jax.checkpoints.trees import flatten
 from flexattn_jax.config import ConfigError, VisionConfig, VLMConfig
+from flexattn_jax.files import lock_file
 from flexattn_jax.inputs.images import ImageError
 from flexattn_jax.models.vision import Views
 from flexattn_jax.models.vlm import VLM
@@ -88,8 +88,8 @@ def keep_views(
         shapes["highres"] = (len(source), config.highres_grid**2, config.vision.width)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f".{stem}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of two runs that begin together one sees, and the other waits for it
+        # Of two runs that begin together one sees, and the other waits for it.
+        with lock_file(folder / f".{stem}.lock", wait=True):
             kept = _read(folder, stem, shapes)
             if kept is None:
                 _see_all(source, config, vision_params, folder, stem, shapes)

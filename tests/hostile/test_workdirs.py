@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 from evaluation.fakes import FakeVLM
-from hostile.checks import contents, full_disk, one_sentence, vstar_folder, vstar_settings
+from hostile.checks import contents, full_disk, in_time, one_sentence, vstar_folder, vstar_settings
 
 from flexattn_jax.command_line import exit_code
 from flexattn_jax.costs import lab
 from flexattn_jax.evaluation import run as evaluation_run
 from flexattn_jax.evaluation.predictions import PREDICTIONS
 from flexattn_jax.evaluation.run import USER_ERRORS
-from flexattn_jax.files import FileError, naming, private_folder, write_whole
+from flexattn_jax.files import FileError, lock_file, naming, private_folder, write_whole
 from flexattn_jax.training.loop import TrainingFault
-from flexattn_jax.training.run import _claim
+from flexattn_jax.training.run import _claim, _locked
 
 
 @pytest.fixture
@@ -48,6 +48,34 @@ def test_a_workdir_that_cannot_be_made(evaluate, tmp_path, capsys, workdir):
     assert evaluate(tmp_path / workdir) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert workdir in error and one_sentence(error)
+
+
+def _link(path):
+    path.symlink_to(path.parent / "precious")
+
+
+@pytest.mark.parametrize("make", [_link, os.mkfifo])
+def test_a_lock_that_is_no_file(evaluate, tmp_path, capsys, make):
+    """A stranger's file behind a link stays as it is, and a pipe does not hang."""
+    workdir = tmp_path / "w"
+    workdir.mkdir()
+    (workdir / "precious").write_text("of weeks")
+    make(workdir / ".lock")
+    assert in_time(evaluate, workdir) == 2
+    error = capsys.readouterr().err
+    assert str(workdir) in error and ".lock is a link, pipe or device" in error and one_sentence(error)
+    with pytest.raises(TrainingFault, match=r"\.lock is a link, pipe or device"), _locked(workdir):
+        pass
+    assert set(contents(workdir)) == {"precious"} and (workdir / "precious").read_text() == "of weeks"
+
+
+def test_a_lock_is_held_by_one_and_leaves_what_is_in_the_file(tmp_path):
+    path = tmp_path / ".lock"
+    path.write_text("something")
+    with lock_file(path), pytest.raises(BlockingIOError):
+        lock_file(path)
+    with lock_file(path, wait=True):
+        assert path.read_text() == "something"
 
 
 FOREIGN = {

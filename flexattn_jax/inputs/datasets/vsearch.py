@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import io
 import os
 import shutil
@@ -21,6 +20,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 from tqdm import auto as tqdm
 
+from flexattn_jax.files import lock_file
 from flexattn_jax.inputs.datasets import vsearch_examples
 from flexattn_jax.inputs.datasets.vsearch_examples import (
     FORMS,
@@ -146,7 +146,8 @@ def load_vsearch(
     settings = dataclasses.replace(settings, seed=seed, pictures=only)
     folder = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
     try:
-        with _alone(folder / f".{VSearch.name}-{settings.name}.lock"), _without_tfds_output():
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock_file(folder / f".{VSearch.name}-{settings.name}.lock", wait=True), _without_tfds_output():
             builder = VSearch(config=builder_config(settings), data_dir=folder, file_format="array_record")
             for stopped in builder.data_path.parent.glob("incomplete.*"):
                 shutil.rmtree(stopped)
@@ -223,15 +224,6 @@ def decode_example(row: Mapping[str, Any]) -> Example:
 
 def _padded(values: Sequence[Any], length: int, fill: Any) -> list[Any]:
     return [*values, *[fill] * (length - len(values))]
-
-
-@contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Waits until no other process holds the lock; a process that dies lets go of it."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextlib.contextmanager
