@@ -14,6 +14,7 @@ from flexattn_jax import files
 from flexattn_jax.config import override, preset
 from flexattn_jax.evaluation import rescore
 from flexattn_jax.evaluation.benchmarks import BENCHMARKS
+from flexattn_jax.evaluation.predictions import question_digest
 from flexattn_jax.inputs.batching import Buckets
 from flexattn_jax.inputs.conversations import ConversationError
 from flexattn_jax.inputs.datasets.llava import read_llava
@@ -129,6 +130,83 @@ def test_answers_that_contradict_each_other_are_no_answers(tmp_path):
     assert len(questions) == asked - 1 and "has several answers to question" in errors[0].reason
 
 
+# One entry of a file made odd, by what is replaced there: it is counted with its reason, and the others are asked.
+COUNTED = {
+    "half a character, gqa": ("gqa", '"imageId": "n235859"', '"imageId": "\\ud800/x"', "is missing"),
+    "half a character, textvqa": ("textvqa", '"003a8ae2ef43b901"', '"\\ud800/x"', "is missing"),
+    "half a character, mmvet": ("mmvet", '"v1_0.png"', '"\\ud800/x.png"', "is missing"),
+    "an endless index": ("mmbench", "\n252\t", f"\n{'1' * 5000}\t", "no index or no question"),
+    "active of text": ("rsvqa", 'true, "question": "Is there', '"true", "question": "Is there', "'active' must be"),
+    "type of a list": ("rsvqa", '"type": "comp"', '"type": []', "'type' must be a text"),
+    "two answers": ("rsvqa", '"answers_ids": [7]', '"answers_ids": [7, 6]', "list of one whole number"),
+    "a box beyond its picture": ("refcoco", "0,0,24,24", "0,0,24,240", "leaves its picture of 48 x 24 pixels"),
+    "a box before its picture": ("refcoco", "0,0,24,24", "-1e8,0,24,24", "leaves its picture"),
+    "a box without width": ("refcoco", "0,0,24,24", "5,5,5,9", "is not x1,y1,x2,y2"),
+}
+TABLES = {"mmbench": "mmbench_dev_20230712.tsv", "refcoco": "refcocog_val.tsv", "hrbench": "hr_bench_4k.tsv"}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_an_odd_entry_is_counted(tmp_path, name):
+    benchmark, old, new, reason = COUNTED[name]
+    LAYOUTS[benchmark](tmp_path)
+    path = tmp_path / (FIRST | TABLES)[benchmark]
+    asked = len(BENCHMARKS[benchmark].read(tmp_path, BENCHMARKS[benchmark].variants[0])[0])
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    questions, errors = BENCHMARKS[benchmark].read(tmp_path, BENCHMARKS[benchmark].variants[0])
+    assert len(questions) == asked - 1
+    assert [error for error in errors if reason in error.reason] == errors and len(errors) == 1
+
+
+@pytest.mark.parametrize("benchmark", TABLES)
+def test_a_table_that_is_a_pipe_does_not_hang(tmp_path, benchmark):
+    os.mkfifo(tmp_path / TABLES[benchmark])
+    with pytest.raises(DatasetError, match="folder, pipe or device") as caught:
+        in_time(BENCHMARKS[benchmark].read, tmp_path, BENCHMARKS[benchmark].variants[0])
+    assert TABLES[benchmark] in str(caught.value)
+
+
+def test_a_table_that_names_a_column_twice_is_refused(tmp_path):
+    LAYOUTS["hrbench"](tmp_path)
+    path = tmp_path / TABLES["hrbench"]
+    head, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([f"{head}\tanswer", *(f"{row}\tA" for row in rows)]))
+    with pytest.raises(DatasetError, match="has 2 columns 'answer'"):
+        BENCHMARKS["hrbench"].read(tmp_path, "4k")
+
+
+def test_instructions_that_begin_many_options_and_pictures_of_half_characters(tmp_path):
+    LAYOUTS["magnifier"](tmp_path)
+    for name, old, new in (
+        ("data_instructions.json", "A. Red, B. Blue, C. Light green, D. White", "A. x, B. x, C. x, " * 5000),
+        ("images.json", '"MAG_IMG_1": "', '"MAG_IMG_1": "\\ud800'),
+    ):
+        path = tmp_path / name
+        path.write_text(path.read_text().replace(old, new))
+    questions, errors = in_time(BENCHMARKS["magnifier"].read, tmp_path, "", seconds=10)
+    assert errors == [] and questions[0].options == tuple("ABCD")
+    assert question_digest(questions[0]) != question_digest(questions[1])
+
+
+def test_texts_of_mme_that_lie_elsewhere_or_have_endless_names(tmp_path):
+    data = tmp_path / "data"
+    LAYOUTS["mme"](data)
+    text, endless = data / "OCR" / "0001.txt", data / "OCR" / f"{'n' * 251}.txt"
+    endless.write_text("a\tYes\nb\tNo\n")
+    text.write_bytes(b"\xef\xbb\xbf" + text.read_bytes())  # as some editors save
+    asked = [q.question for q in BENCHMARKS["mme"].read(data, "")[0]]
+    assert "Is there OCR?" in asked
+    text.rename(tmp_path / "outside.txt")
+    text.symlink_to(tmp_path / "outside.txt")
+    questions, errors = BENCHMARKS["mme"].read(data, "")
+    assert "Is there OCR?" not in [q.question for q in questions]
+    reasons = {error.id: error.reason for error in errors}
+    assert "is a link that leaves the data folder" in reasons["OCR/0001/1"]
+    assert "is missing" in reasons[f"OCR/{'n' * 251}/1"]
+
+
 def test_a_pipe_among_the_texts_of_mme_does_not_hang(tmp_path):
     LAYOUTS["mme"](tmp_path)
     text = next(tmp_path.rglob("*.txt"))
@@ -157,6 +235,7 @@ CONVERSATIONS = {
     "link": ({"image": "link.jpg", "conversations": TURNS}, "is a link out of the folder"),
     "linked folder": ({"image": "away/secret.jpg", "conversations": TURNS}, "is a link out of the folder"),
     "missing": ({"image": "none.jpg", "conversations": TURNS}, "is missing"),
+    "half a character": ({"image": "\ud800/x.jpg", "conversations": TURNS}, "is missing"),
     "two pictures": ({"image": ["a.jpg", "b.jpg"], "conversations": TURNS}, "more than one picture"),
     "no turns": ({"image": "good.jpg"}, "no list `conversations`"),
     "odd turns": ({"image": "good.jpg", "conversations": [{"from": "system", "value": 3}]}, "a sentence of it"),

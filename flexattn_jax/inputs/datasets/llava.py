@@ -110,7 +110,7 @@ class PictureFinder:
             outside = leaves_folder(self._root / folder, self._root)
             with os.scandir(self._root / folder) as entries:
                 linked = {entry.name: entry.is_symlink() for entry in entries if not entry.is_dir()}
-        except OSError:
+        except (OSError, ValueError):  # half a character, which JSON can hold, is part of no file's name
             return {}
         if not self._follow_links:
             self._leaving[folder] = {

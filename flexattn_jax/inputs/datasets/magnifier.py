@@ -21,7 +21,8 @@ SOURCE = q.Source(
     layout="images.json and data_instructions.json",
 )
 
-_OPTIONS = re.compile(r"A\. (.+?), B\. (.+?), C\. (.+?), D\. (.+)", re.DOTALL)
+# Each mark is looked for once, behind the one before it: where a later one is missing, no other choice would help.
+_OPTIONS = re.compile(r"(?>.*?A\. )(?>(.+?), B\. )(?>(.+?), C\. )(?>(.+?), D\. )(.+)", re.DOTALL)
 
 
 def read_magnifier(data_dir: str | Path) -> q.Reading:
@@ -46,7 +47,7 @@ def read_magnifier(data_dir: str | Path) -> q.Reading:
         held = next((key for key in wanted if isinstance(pictures.get(key), str)), None)
         if held is None:
             raise q.EntryError(f"images.json has no picture {wanted[0]!r}; download it again from {SOURCE.home}")
-        options = _OPTIONS.search(instruction)
+        options = _OPTIONS.match(instruction)
         return q.Question(
             id=name,
             split="test",

@@ -20,7 +20,7 @@ SOURCE = q.Source(
 )
 
 _ORDERS = 1_000_000
-_LONGEST_REFERENCE = 64
+_LONGEST_REFERENCE = 64  # characters of an index
 
 
 def read_mmbench(data_dir: str | Path) -> q.Reading:
@@ -37,7 +37,7 @@ def read_mmbench(data_dir: str | Path) -> q.Reading:
 
     def make(row: tables.Row, image: str) -> q.Question:
         index, question = row.text("index"), row.text("question")
-        if index is None or not index.isdecimal() or question is None:
+        if index is None or not index.isdecimal() or len(index) > _LONGEST_REFERENCE or question is None:
             raise q.EntryError("it has no index or no question")
         options = tables.options(row)
         picture = pictures.get(image) if len(image) <= _LONGEST_REFERENCE else row.picture

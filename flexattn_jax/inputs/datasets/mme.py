@@ -8,9 +8,10 @@ A text holds two lines, question TAB answer. The 14 categories are listed in `CA
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from flexattn_jax.files import read_bytes
+from flexattn_jax.files import leaves_folder, read_bytes
 from flexattn_jax.inputs.datasets import questions as q
 
 SOURCE = q.Source(
@@ -47,22 +48,25 @@ def read_mme(data_dir: str | Path) -> q.Reading:
         apart = (folder / "images").is_dir()
         texts, pictures = (folder / "questions_answers_YN", folder / "images") if apart else (folder, folder)
         for path in sorted(texts.glob("*.txt")):
-            entries += _entries(category, path, pictures)
+            entries += _entries(root, category, path, pictures)
     if len(missing) == len(CATEGORIES):
         raise q.DatasetError(f"the data folder {root} has none of MME's categories in it. {SOURCE}")
     questions, errors = SOURCE.collect(root, root, entries)
     return questions, missing + errors
 
 
-def _entries(category: str, path: Path, pictures: Path):
+def _entries(root: Path, category: str, path: Path, pictures: Path):
+    outside = leaves_folder(path, root)
     try:
-        lines = [line for line in read_bytes(path).decode().splitlines() if line.strip()]
+        lines = [] if outside else [line for line in read_bytes(path).decode("utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError):  # the entries say what is expected
         lines = []
     candidates = [pictures / (path.stem + suffix) for suffix in _SUFFIXES]
-    picture = next((candidate for candidate in candidates if candidate.exists()), candidates[0])
+    picture = next((candidate for candidate in candidates if os.path.exists(candidate)), candidates[0])
 
     def make(number: int) -> q.Question:
+        if outside:
+            raise q.EntryError(f"{path} is a link that leaves the data folder; {q.COPY}")
         if len(lines) != 2:
             raise q.EntryError(f"{path} must hold two lines in UTF-8, question TAB answer")
         question, tab, answer = lines[number].strip().rpartition("\t")

@@ -171,7 +171,7 @@ def _listing(root: Path, folder: Path) -> dict[str, bool]:
         outside = leaves_folder(folder, root)
         with os.scandir(folder) as entries:
             return {e.name: outside or (e.is_symlink() and leaves_folder(Path(e.path), root)) for e in entries}
-    except OSError:
+    except (OSError, ValueError):  # half a character, which JSON can hold, is part of no file's name
         return {}
 
 

@@ -26,6 +26,7 @@ VARIANTS = (
 )
 SMALL_SHARE = 0.05  # of the picture's area, up to which FlexAttention calls a thing small
 
+_OVERHANG = 2  # pixels that a box may reach beyond its picture, by rounding
 _COLUMNS = ("id", "image_id", "phrase", "box", "image")
 
 
@@ -48,6 +49,8 @@ def read_refcoco(data_dir: str | Path, variant: str) -> q.Reading:
             raise q.EntryError("it has no id or no phrase")
         width, height = size
         x1, y1, x2, y2 = _box(row.values["box"])
+        if min(x1, y1) < -_OVERHANG or x2 > width + _OVERHANG or y2 > height + _OVERHANG:
+            raise q.EntryError(f"its box {row.values['box']!r} leaves its picture of {width} x {height} pixels")
         shares = (x1 / width, y1 / height, x2 / width, y2 / height)
         area, side = (shares[2] - shares[0]) * (shares[3] - shares[1]), max(size)
         box = (shares[0] * side, shares[1] * side, (shares[2] - shares[0]) * side, (shares[3] - shares[1]) * side)

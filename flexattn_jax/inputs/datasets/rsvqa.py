@@ -41,23 +41,34 @@ def read_rsvqa(data_dir: str | Path) -> q.Reading:
     ]
 
     def make(entry: dict) -> q.Question:
+        if q.field(entry, "active") is not True:
+            raise q.EntryError("'active' must be true or false")
         image = q.whole_number(entry, "img_id")
         if image not in images:
             raise q.EntryError(f"picture {image} is not among the active ones of {_FILE.format('images')}")
         ids = q.field(entry, "answers_ids")
-        answer = answers.get(ids[0]) if isinstance(ids, list) and ids and isinstance(ids[0], int) else None
+        if not isinstance(ids, list) or len(ids) != 1 or type(ids[0]) is not int:
+            raise q.EntryError("'answers_ids' must be a list of one whole number")
+        answer = answers.get(ids[0])
         if answer is None or answer.get("question_id") != q.whole_number(entry, "id"):
             raise q.EntryError(f"{_FILE.format('answers')} has no active answer to it, or several")
         return q.Question(
             id=q.number_or_text(entry, "id"),
-            split=entry["type"],
+            split=q.text(entry, "type"),
             image=pictures / f"{image}.tif",
             question=q.text(entry, "question"),
             answers=(q.text(answer, "answer"),),
         )
 
-    wanted = [e for e in SOURCE.entries(where, "questions") if _active(e) and e.get("type") in TYPES]
+    wanted = (entry for entry in SOURCE.entries(where, "questions") if not _of_no_concern(entry))
     return SOURCE.collect(root, where, q.numbered(wanted, make))
+
+
+def _of_no_concern(entry: object) -> bool:
+    """Whether it is a question of another split or type, as most are."""
+    if not isinstance(entry, dict):
+        return False
+    return entry.get("active") is False or (q.is_text(entry.get("type")) and entry["type"] not in TYPES)
 
 
 def _active(entry: object) -> bool:

@@ -11,10 +11,12 @@ import csv
 import dataclasses
 import string
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from flexattn_jax.files import FileError, regular
 from flexattn_jax.inputs.datasets.questions import DatasetError, EntryError, Source
 from flexattn_jax.inputs.images import ImageError
 
@@ -40,7 +42,7 @@ class EncodedPicture:
         return self.name
 
     def mark(self) -> int:
-        return zlib.crc32(self.data.encode())
+        return zlib.crc32(self.data.encode(errors="surrogatepass"))  # JSON can hold halves of characters
 
     def read(self) -> bytes:
         return decode(self.data)
@@ -67,7 +69,7 @@ class TablePicture:
         try:
             _, fields = next(_rows(self.path, self.quoted, self.offset))
             return decode(fields[self.column])
-        except (OSError, StopIteration, IndexError, UnicodeDecodeError, csv.Error) as error:
+        except (OSError, FileError, StopIteration, IndexError, UnicodeDecodeError, csv.Error) as error:
             raise ImageError("it is not where it was when the table was read; do not change the file") from error
 
 
@@ -107,6 +109,12 @@ def read_table(path: Path, source: Source, columns: tuple[str, ...] = ()) -> Ite
                 names = fields
                 if "image" not in names:
                     raise DatasetError(f"{path} has no column 'image', so it is not {source.name}'s table. {source}")
+                name, count = Counter(names).most_common(1)[0]
+                if count > 1:
+                    raise DatasetError(
+                        f"{path} has {count} columns {name[:80]!r}, so that it is open which counts; download it again "
+                        f"from {source.home}"
+                    )
                 continue
             number += 1
             if len(fields) != len(names):
@@ -120,6 +128,8 @@ def read_table(path: Path, source: Source, columns: tuple[str, ...] = ()) -> Ite
             yield Row(number, values | {"image": image}, picture)
     except OSError as error:
         raise DatasetError(f"{path} cannot be read ({error.strerror})") from error
+    except FileError as error:
+        raise DatasetError(f"{path} {error}; download it again from {source.home}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise DatasetError(f"{path} is no whole table in UTF-8; download it again from {source.home}") from error
     if not number:
@@ -139,6 +149,7 @@ _STANDARD = str.maketrans({"-": "+", "_": "/", "\n": None, "\r": None, " ": None
 
 def _rows(path: Path, quoted: bool, offset: int) -> Iterator[tuple[int, list[str]]]:
     """(offset in bytes, fields) of each row from `offset` on."""
+    regular(path)
     with path.open("rb") as file:
         file.seek(offset)
         if not quoted:
