@@ -8,9 +8,10 @@ after the picture does, starts with a lone "▁" token.
 from __future__ import annotations
 
 import abc
+import contextlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ import sentencepiece
 import tokenizers
 
 from flexattn_jax.config import IMAGE_PLACEHOLDER
-from flexattn_jax.files import FileError, read_bytes, read_json
+from flexattn_jax.files import FileError, first_line, read_bytes, read_json
 from flexattn_jax.inputs.prompts import IMAGE_TAG
 
 MAX_CHARACTERS = 1 << 20  # of a text; no model takes as many tokens
 _MAX_BYTES = 1 << 28  # of a vocabulary; the largest published ones have 30 MB
 _MAX_ID = 1 << 20
+_STOPS = KeyboardInterrupt, SystemExit, GeneratorExit
 _EXPECTED = (
     "a checkpoint folder holds tokenizer.json (Hugging Face) or tokenizer.model (SentencePiece); copy one from the "
     "published checkpoint"
@@ -56,15 +58,20 @@ class Tokenizer(abc.ABC):
             raise TokenizerError(f"a text is expected, not {type(text).__name__}")
         if len(text) > MAX_CHARACTERS:
             raise TokenizerError(f"a text has {len(text):,} characters, the limit is {MAX_CHARACTERS:,}; shorten it")
-        ids = self._encode(text.encode("utf-8", "replace").decode())
+        with _blamed(f"take the text {text[:40]!r}"):
+            ids = self._encode(text.encode("utf-8", "replace").decode())
         return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
 
-    @abc.abstractmethod
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, without special tokens and without ids that are in no vocabulary (padded embeddings)."""
+        with _blamed(f"decode the ids {ids[:10]}"):
+            return self._decode(ids)
 
     @abc.abstractmethod
     def _encode(self, text: str) -> list[int]: ...
+
+    @abc.abstractmethod
+    def _decode(self, ids: list[int]) -> str: ...
 
 
 class _HuggingFaceTokenizer(Tokenizer):
@@ -82,7 +89,7 @@ class _HuggingFaceTokenizer(Tokenizer):
     def _encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: list[int]) -> str:
+    def _decode(self, ids: list[int]) -> str:
         known = [int(i) for i in ids if 0 <= i < self.vocab_size]
         return self._backend.decode(known, skip_special_tokens=True)
 
@@ -106,10 +113,23 @@ class _SentencePieceTokenizer(Tokenizer):
             ids += [self._special[piece]] if piece in self._special else self._backend.EncodeAsIds(piece)
         return ids
 
-    def decode(self, ids: list[int]) -> str:
+    def _decode(self, ids: list[int]) -> str:
         special = set(self._special.values())
         pieces = self._backend.GetPieceSize()
         return self._backend.DecodeIds([int(i) for i in ids if 0 <= i < pieces and i not in special])
+
+
+@contextlib.contextmanager
+def _blamed(what: str) -> Iterator[None]:
+    """Makes a TokenizerError of whatever a library raises, as it does where a file's parts do not fit each other."""
+    try:
+        yield
+    except _STOPS:
+        raise
+    except BaseException as error:
+        raise TokenizerError(
+            f"the tokeniser cannot {what} ({first_line(error)}), so its file is damaged: {_EXPECTED}"
+        ) from error
 
 
 def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
@@ -143,7 +163,7 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
             tokenizer = _SentencePieceTokenizer(backend, added, settings)
     except TokenizerError as error:
         raise TokenizerError(f"{folder}: {error}") from None
-    except KeyboardInterrupt:
+    except _STOPS:
         raise
     except BaseException as error:  # of every type, on a damaged file; a panic of Rust's is not even an Exception
         raise TokenizerError(f"{file} is damaged or of another format: {_EXPECTED}") from error

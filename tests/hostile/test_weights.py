@@ -17,6 +17,7 @@ from flexattn_jax.checkpoints import export_weights, import_weights, store
 from flexattn_jax.checkpoints.errors import CheckpointError
 from flexattn_jax.checkpoints.safetensors_io import INDEX_NAME
 from flexattn_jax.config import ConfigError, override, preset
+from flexattn_jax.files import packaged
 from flexattn_jax.inputs.tokenizer import TokenizerError, load_tokenizer
 
 SHARD = "model-00002-of-00003.safetensors"
@@ -348,6 +349,36 @@ def test_a_damaged_sentencepiece_model_is_refused(tmp_path):
         with pytest.raises(TokenizerError) as caught:
             in_time(load_tokenizer, tmp_path)
         assert str(tmp_path) in str(caught.value) and one_sentence(str(caught.value))
+
+
+def test_texts_on_which_a_tokeniser_fails(tmp_path):
+    """The first raises an Exception, the second panics, which is none."""
+    words = json.loads((packaged("mini") / "flex" / "tokenizer.json").read_text())
+    known = words["model"]["vocab"] | {"a": len(words["model"]["vocab"])}  # what is tried when it is loaded
+    for change in (
+        {"model": words["model"] | {"vocab": known, "unk_token": "nosuch"}},
+        {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}},
+    ):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(words | change))
+        tokenizer = load_tokenizer(tmp_path)
+        with pytest.raises(TokenizerError, match="cannot take the text 'xxxx") as caught:
+            in_time(tokenizer.encode, "x" * 60)
+        assert one_sentence(str(caught.value))
+
+
+def test_an_interrupt_is_no_fault_of_the_tokeniser(monkeypatch):
+    tokenizer = load_tokenizer(GOOD)
+
+    def raising(error):
+        def act(*_):
+            raise error
+
+        return act
+
+    for error, expected in ((KeyboardInterrupt(), KeyboardInterrupt), (RuntimeError("no such id"), TokenizerError)):
+        monkeypatch.setattr(tokenizer, "_decode", raising(error))
+        with pytest.raises(expected):
+            tokenizer.decode([3, 4])
 
 
 def test_texts_that_no_model_takes(tmp_path):
