@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +18,15 @@ from flexattn_jax.evaluation.predictions import CellSelection, Prediction
 from flexattn_jax.files import naming
 from flexattn_jax.inputs.datasets.questions import Question
 
-_ODD = re.compile(r"[\0\\:*?\"<>|\n\r\t]")
+_ODD = re.compile(r"[\x00-\x1f\x7f\\:*?\"<>|]")
+_NAME_BYTES = 200  # of a question's name as a path; a file system takes 255
 _MAIN = (880, 660)  # largest size of the large panel
 _SMALL_WIDTH = 280  # of a layer's panel
 _TITLE = 26  # height below a layer's panel
 _COLUMNS = 2
 _MOST_PANELS = 6
 _MOST_LINES = 6  # of a question (with OCR tokens it may have dozens) or an answer
+_MOST_CHARACTERS = 1000  # of a text, more than fill so many lines
 _MARGIN = 24
 _GAP = 14
 
@@ -138,8 +141,16 @@ def write_groups(vlm: VisionLanguageModel, questions: Sequence[Question], folder
 
 
 def _file_name(name: str) -> str:
-    """A question's name as a path that stays in its folder; names come out of files."""
-    return "/".join(_ODD.sub("_", part).lstrip(".") or "_" for part in name.split("/"))
+    """A question's name, which comes out of a file, as a short path that stays in its folder.
+
+    No folder has a full stop, so that none is called as a picture is; what had to be changed ends in a digest.
+    """
+    cut = name.encode("utf-8", "replace")[:_NAME_BYTES].decode(errors="ignore")
+    *folders, last = (_ODD.sub("_", part).lstrip(".") or "_" for part in cut.split("/"))
+    path = "/".join([*(folder.replace(".", "_") for folder in folders), last])
+    if path == name:
+        return path
+    return f"{path}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:12]}"
 
 
 def _spread(count: int, most: int) -> list[int]:
@@ -244,7 +255,7 @@ def _caption(question: Question, prediction: Prediction, width: int) -> Image.Im
         lines.extend((line, _FAINT, 17) for line in _wrap(answers, _font(17), width)[:_MOST_LINES])
     if prediction.reason:
         lines.extend((line, _WRONG, 17) for line in _wrap(f"No choice: {prediction.detail}", _font(17), width))
-    lines.append((question.id, _FAINT, 14))
+    lines.extend((line, _FAINT, 14) for line in _wrap(question.id, _font(14), width))
     height = sum(size + 8 for _, _, size in lines) + 4
     image = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(image)
@@ -257,7 +268,8 @@ def _caption(question: Question, prediction: Prediction, width: int) -> Image.Im
 
 def _wrap(text: str, font: ImageFont.ImageFont, width: int) -> list[str]:
     lines = [""]
-    for word in text.encode("utf-8", "replace").decode().split():  # a lone surrogate cannot be drawn
+    shown = text[:_MOST_CHARACTERS].encode("utf-8", "replace").decode()  # a lone surrogate cannot be drawn
+    for word in shown.split():
         joined = f"{lines[-1]} {word}".strip()
         if font.getlength(joined) <= width or not lines[-1]:
             lines[-1] = joined

@@ -1,5 +1,8 @@
 """Where cells lie on a picture that was padded to a square, and that sheets are drawn for every shape."""
 
+import dataclasses
+import time
+
 import numpy as np
 import pytest
 from evaluation.fakes import FakeVLM
@@ -7,7 +10,7 @@ from PIL import Image
 
 from flexattn_jax.evaluation.benchmarks import BENCHMARKS
 from flexattn_jax.evaluation.harness import evaluate
-from flexattn_jax.evaluation.pictures import cell_map, draw_question, write_pictures
+from flexattn_jax.evaluation.pictures import _file_name, cell_map, draw_question, write_pictures
 from flexattn_jax.evaluation.predictions import PredictionLog
 from flexattn_jax.inputs.datasets.vstar import read_vstar
 
@@ -79,6 +82,25 @@ def test_sheets_of_every_shape(data_dir, tmp_path, size, vlm):
     questions, finished = answered(data_dir, tmp_path / "w", vlm)
     sheet = draw_question(questions[0], finished[questions[0].id])
     assert 500 < sheet.width < 2000 and 100 < sheet.height < 1200
+
+
+def test_endless_texts_are_cut(data_dir, tmp_path):
+    questions, finished = answered(data_dir, tmp_path / "w", FakeVLM())
+    words, word = "x " * 500_000, "x" * 1_000_000
+    question = dataclasses.replace(questions[0], question=words, options=(word, words, "b", "c"))
+    long = dataclasses.replace(finished[questions[0].id], output=word, answers=(words,))
+    began = time.process_time()
+    assert draw_question(question, long).height < 2500 and time.process_time() - began < 10
+
+
+def test_files_of_any_name_are_short_apart_and_inside_the_folder(data_dir, tmp_path):
+    questions, finished = answered(data_dir, tmp_path / "w", FakeVLM())
+    names = ["a", "a.png/b", "a:b", "a*b", "\ud800", "\udfff/x", "é" * 300, "é" * 301, "..", "../a", "/etc/x", ""]
+    asked = [dataclasses.replace(questions[0], id=name) for name in names]
+    paths = write_pictures(asked, dict.fromkeys(names, finished[questions[0].id]), tmp_path / "out", len(names))
+    assert sorted(paths) == sorted((tmp_path / "out").rglob("*.png")) and len(set(paths)) == len(names)
+    assert all(path.resolve().is_relative_to(tmp_path / "out") and path.is_file() for path in paths)
+    assert [_file_name(name) for name in ("a", "OCR/0001/1", "v1_0")] == ["a", "OCR/0001/1", "v1_0"]
 
 
 def test_as_many_files_as_asked_for(data_dir, tmp_path):
