@@ -118,17 +118,23 @@ def system_overrides(config: VLMConfig, system: str) -> dict[str, Any]:
     Raises:
       ConfigError: no such system, or not so many cells.
     """
+    found, number = _find(system, "systems")
+    most = config.flexattention.num_cells if found.counts == "cells" else config.num_lowres_tokens
+    return found.overrides(config, _number(number, most, system, found.counts) if number else 0)
+
+
+def _find(system: str, setting: str) -> tuple[System, str]:
+    """A system and what stands behind its colon; ConfigError, which names the setting, where there is none such."""
     name, _, number = system.partition(":")
     found = SYSTEMS.get(name)
     if found is None or bool(found.counts) != bool(number):
         bare = ", ".join(name for name, one in SYSTEMS.items() if not one.counts)
         counted = ", ".join(name for name, one in SYSTEMS.items() if one.counts == "tokens")
         raise ConfigError(
-            f"systems has {system!r}; write {bare}; flex with the cells that a row keeps: flex:8, flex:10%, flex:all; "
+            f"{setting} has {system!r}; write {bare}; flex with cells that a row keeps: flex:8, flex:10%, flex:all; "
             f"or one of {counted} with the tokens that are left: fastv:192"
         )
-    most = config.flexattention.num_cells if found.counts == "cells" else config.num_lowres_tokens
-    return found.overrides(config, _number(number, most, system, found.counts) if number else 0)
+    return found, number
 
 
 def _number(text: str, most: int, system: str, what: str) -> int:
@@ -226,6 +232,8 @@ def expand(settings: Settings) -> list[Case]:
     for target in axes["target"]:
         parse_target(target)
     unrolled = [name.strip() for name in settings.unrolled_systems.split(",") if name.strip()]
+    for name in unrolled:
+        _find(name, "unrolled_systems")
     cases = []
     for values in itertools.product(*axes.values()):
         case = _normal(

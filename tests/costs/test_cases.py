@@ -88,6 +88,7 @@ def test_zoom_changes_the_picture_and_not_the_sequence():
         ({"systems": "fastv"}, "fastv:192"),
         ({"systems": "fastv:577"}, "tokens are a number from 1 to 576"),
         ({"systems": " "}, "systems is empty"),
+        ({"unrolled_systems": "lowres,nosuch"}, "unrolled_systems has 'nosuch'"),
         ({"programs": "prefil"}, "programs has 'prefil'; known: prefill"),
         ({"targets": "v5litepod-16"}, "targets has 'v5litepod-16'; write cpu"),
         ({"targets": "v4:2x2"}, "targets has 'v4:2x2'"),
