@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
@@ -77,6 +78,8 @@ def exit_code(name: str, act: Callable[[], Any], user_errors: tuple[type[Excepti
     Returns:
         the process's exit code: 0, `failed`, 130 after Ctrl-C, or 141 where the reader of a pipe is gone.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # what a terminal's encoding lacks ends no run
     try:
         act()
         sys.stdout.flush()

@@ -23,6 +23,7 @@ from flexattn_jax.inputs.datasets.questions import Question
 PREDICTIONS = "predictions.jsonl"
 RUN = "run.json"
 FORMAT = 2  # of a line in predictions.jsonl
+_MOST_SECONDS = 1e9  # of a question
 
 
 class WorkdirError(ValueError):
@@ -244,8 +245,10 @@ def _from_json(line: bytes) -> Prediction:
     fits = fits and all(index is None or 0 <= index < count for index in (prediction.target, prediction.choice))
     if chosen is not None:
         digits = 2 * -(-(chosen.cell_grid**2) // 8)
-        fits = fits and len(chosen.layers) == len(chosen.cells) == len(chosen.overflow) > 0
+        fits = fits and chosen.cell_grid > 0 and len(chosen.layers) == len(chosen.cells) == len(chosen.overflow) > 0
         fits = fits and all(len(row) == digits and set(row) <= set(string.hexdigits) for row in chosen.cells)
     if not fits:
         raise ValueError("its options, losses, order, choice or cells do not fit each other")
+    if not 0 <= prediction.seconds <= _MOST_SECONDS:
+        raise ValueError("seconds must be those that a question takes")
     return prediction

@@ -137,7 +137,7 @@ def print_report(results: dict[str, Any], console: Console | None = None) -> Non
     unresolved = [(u["id"], u["detail"]) for u in results["unresolved"]]
     _print_names(console, "without a choice (counted wrong)", unresolved)
     console.print(_selection_line(results["selection"]), highlight=False)
-    console.print(_timing_line(results["timing"]), highlight=False)
+    console.print(escape(printable(_timing_line(results["timing"]))), highlight=False)
 
 
 def _accuracies(results: dict[str, Any]) -> Table:
@@ -162,7 +162,8 @@ def _figures(figures: Sequence[dict[str, Any]]) -> Table:
         factor, unit = (1, "") if figure["points"] else (100, " %")
         low, high = figure["ci95"] or (None, None)
         interval = "-" if low is None else f"{factor * low:.1f} to {factor * high:.1f}{unit}"
-        table.add_row(figure["name"], str(figure["n"]), f"{factor * figure['value']:.1f}{unit}", interval)
+        value = f"{factor * figure['value']:.1f}{unit}"
+        table.add_row(escape(printable(figure["name"])), str(figure["n"]), value, interval)
     return table
 
 

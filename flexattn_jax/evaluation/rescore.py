@@ -58,7 +58,8 @@ def rescore(path: str | Path, scorer: str | None = None) -> tuple[dict[str, Any]
 def _read_run(path: Path) -> dict[str, Any]:
     try:
         run = read_json(path)
-        if run["scorer"] in BENCHMARKS[run["benchmark"]].scorers:
+        benchmark = BENCHMARKS[run["benchmark"]]
+        if run["scorer"] in benchmark.scorers and run.get("variant", "") in ("", *benchmark.variants):
             return run
     except FileNotFoundError:
         reason = "is missing"
@@ -67,7 +68,7 @@ def _read_run(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         reason = "names no benchmark of questions"
     else:
-        reason = "names no scorer of its benchmark"
+        reason = "names no scorer or no variant of its benchmark"
     raise WorkdirError(f"{path} {reason}; it must lie beside the predictions, as eval.py wrote it")
 
 

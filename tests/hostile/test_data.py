@@ -308,6 +308,14 @@ def test_rescore_takes_what_eval_writes(tmp_path, capsys):
     assert "100.0 %" in capsys.readouterr().out
 
 
+def test_rescore_prints_names_of_strangers_as_they_are(tmp_path, capsys):
+    odd = {"device": "[/x]\x1b[2J", "split": "[/y]\x1b[2J", "output": "yes", "losses": None}
+    run = {"benchmark": "pope", "scorer": "official"}  # whose figures are called after the splits
+    assert _rescore(tmp_path, [json.dumps(LINE | odd).encode()], run) == 0
+    said = capsys.readouterr().out
+    assert "[/x]\\x1b[2J" in said and said.count("[/y]\\x1b[2J") > 1 and "\x1b" not in said
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -317,6 +325,8 @@ def test_rescore_takes_what_eval_writes(tmp_path, capsys):
         {"seconds": None}, {"seconds": "1"}, {"extra": 1}, {"selection": {}}, {"selection": 3}, {"choice": -1},
         {"selection": LINE["selection"] | {"cells": ["zz80"]}}, {"selection": LINE["selection"] | {"cells": ["f"]}},
         {"selection": LINE["selection"] | {"cell_grid": 10**9}}, {"selection": LINE["selection"] | {"overflow": []}},
+        {"selection": LINE["selection"] | {"cell_grid": 0, "cells": [""]}},
+        {"selection": LINE["selection"] | {"cell_grid": -3}}, {"seconds": -1.0}, {"seconds": 1e308},
         {"split": None}, {"answers": [[]]}, {"device": {}},
     ],
 )  # fmt: skip
@@ -331,6 +341,7 @@ def test_predictions_and_runs_that_are_none(tmp_path, capsys):
     cases = [([good, good], None), ([good], {"benchmark": "gqa", "scorer": "exact"}), ([good], {"benchmark": 3})]
     cases += [([content.replace(b"\n", b"")], None) for content, _ in BROKEN.values()]
     cases += [([good], {"benchmark": "vstar", "scorer": scorer}) for scorer in (None, [], "nosuch")]
+    cases += [([good], {"benchmark": "vstar", "scorer": "released", "variant": odd}) for odd in (5, None, "\x1b[2J")]
     for lines, run in cases:
         assert _rescore(tmp_path, lines, run) == 2
         assert one_sentence(capsys.readouterr().err)

@@ -1,7 +1,9 @@
 """Work folders: full, read-only, of another run or program, shared with strangers. Nothing that is there is damaged."""
 
+import io
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -208,6 +210,12 @@ def test_what_a_machine_lacks_is_one_sentence(capsys, error, code, message):
     assert exit_code("x.py", act, (ValueError,)) == code
     printed = capsys.readouterr().err
     assert message in printed and "\x1b" not in printed and len(printed) < 7000
+
+
+def test_what_a_terminal_cannot_show_ends_no_command(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert exit_code("x.py", lambda: print("é 中"), ()) == 0
+    assert sys.stdout.buffer.getvalue() == b"? ?\n"
 
 
 def test_a_fault_of_the_program_is_not_hidden():
