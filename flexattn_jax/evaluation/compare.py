@@ -84,7 +84,9 @@ def run_compare(settings: Mapping[str, Any], workdir: str | Path) -> dict[str, A
     Raises:
         HarnessError and the other user errors of `evaluation.run`.
     """
-    workdir, models, comparison = Path(workdir), Path(settings["models"]), COMPARISONS[settings["comparison"]]
+    workdir, models, comparison = Path(workdir), Path(settings["models"]), COMPARISONS.get(settings["comparison"])
+    if comparison is None:
+        raise HarnessError(f"comparison is {settings['comparison']!r}; there are {', '.join(COMPARISONS)}")
     systems = _chosen(settings["systems"], comparison.systems)
     seeds = _seeds(settings, models)
     harness.check_sizes(settings["batch_size"], 1)
@@ -134,6 +136,8 @@ def _seeds(settings: Mapping[str, Any], models: Path) -> list[int | None]:
     if not models.is_dir():
         raise HarnessError(f"the folder of models {models} does not exist; give the right --config.models")
     if settings["seeds"]:
+        if not all(type(seed) is int and seed >= 0 for seed in settings["seeds"]):
+            raise HarnessError(f"seeds is {settings['seeds']}; they are whole numbers, such as (0, 1)")
         return list(settings["seeds"])
     numbers = [path.name.removeprefix("seed") for path in models.glob("seed*") if path.is_dir()]
     return sorted(int(number) for number in numbers if number.isdigit()) or [None]
@@ -252,6 +256,8 @@ def _time(
     file = folder / "times.json"
     try:
         kept = read_json(file)
+        if not isinstance(kept, dict) or not all(isinstance(times, dict) for times in kept.values()):
+            raise FileError("holds no times")
     except FileNotFoundError:
         kept = {}
     except FileError as error:
@@ -275,7 +281,7 @@ def _asked(name: str, settings: Mapping[str, Any]) -> Asked:
     """Opens a benchmark, "vsearch" or NAME or NAME:VARIANT of BENCHMARKS. Raises HarnessError, DatasetError."""
     if name == "vsearch":
         return _vsearch(settings)
-    benchmark_name, _, variant = name.partition(":")
+    benchmark_name, _, variant = str(name).partition(":")
     benchmark = BENCHMARKS.get(benchmark_name)
     if benchmark is None:
         raise HarnessError(f"there is no benchmark {benchmark_name!r}; there are vsearch, {', '.join(BENCHMARKS)}")

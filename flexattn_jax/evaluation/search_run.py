@@ -21,7 +21,7 @@ from rich.table import Table
 
 from flexattn_jax.api import VisionLanguageModel, load
 from flexattn_jax.config import VLMConfig, dotted
-from flexattn_jax.evaluation.harness import HarnessError, unpack_cells
+from flexattn_jax.evaluation.harness import HarnessError, check_sizes, unpack_cells
 from flexattn_jax.evaluation.metrics import accuracy
 from flexattn_jax.evaluation.pictures import write_pictures
 from flexattn_jax.evaluation.predictions import CellSelection, Prediction, PredictionLog
@@ -93,6 +93,7 @@ def run_vsearch(settings: Mapping[str, Any], workdir: str | Path) -> dict[str, A
         raise HarnessError(f"arms is {settings['arms']}; name some of {', '.join(ARMS)}")
     if settings["limit"] < 0 or settings["pictures"] < 0:
         raise HarnessError("limit and pictures cannot be negative")
+    check_sizes(settings["batch_size"], 1)
     folders = {name: _model_folder(ARMS[name], models, settings) for name in settings["arms"]}
     rows = load_vsearch(settings["data_dir"] or None, settings["preset"], settings["split"], settings["seed"])
     count = min(settings["limit"] or len(rows), len(rows))

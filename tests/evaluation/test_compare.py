@@ -109,6 +109,11 @@ def test_a_table_without_times_that_goes_on(settings, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "vsearch standard, split test, 2 pictures" in said and said.count("there is no model in") == 2
     check_repeated(asked, tmp_path, results)
+    # Times of another program's making.
+    for content in ("[]", '{"lowres": 3}', "{"):
+        (tmp_path / "vsearch" / "times.json").write_text(content)
+        with pytest.raises(HarnessError, match=r"times\.json .*; remove it to time the systems again"):
+            run_benchmark(asked | {"passes": 1}, tmp_path)
     # More of the same questions go on with those that were asked.
     more = run_benchmark(asked | {"limit": 3, "systems": ("lowres",), "seeds": (0,)}, tmp_path)
     assert more["benchmarks"]["vsearch"]["systems"]["lowres"]["overall"]["n"] == 3 * QUESTIONS
@@ -250,6 +255,9 @@ def test_every_row_has_a_recipe_and_the_config_takes_it(name):
         ({"benchmarks": ("vsearch", "vqa")}, "there is no benchmark 'vqa'; there are vsearch, vstar"),
         ({"benchmarks": ("textvqa:words",)}, "textvqa has no variant 'words'; it has"),
         ({"benchmarks": ()}, "benchmarks is empty"),
+        ({"benchmarks": (1,)}, "there is no benchmark '1'"),
+        ({"comparison": "nosuch"}, "comparison is 'nosuch'; there are mini, "),
+        ({"seeds": ("a",)}, r"seeds is \('a',\); they are whole numbers"),
         ({"passes": -1}, "passes and limit cannot be negative"),
     ],
 )
