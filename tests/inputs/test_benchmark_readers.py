@@ -93,7 +93,7 @@ def test_rsvqa_refuses_another_questions_answer(folder):
     content["answers"][7]["question_id"] = 5
     path.write_text(json.dumps(content))
     questions, errors = read("rsvqa", data)
-    assert len(questions) == 2 and "has no active answer to it" in errors[0].reason
+    assert len(questions) == 2 and "entry 5: " in errors[0].reason and "has no active answer to it" in errors[0].reason
 
 
 def test_gqa(folder):

@@ -60,8 +60,9 @@ def read_rsvqa(data_dir: str | Path) -> q.Reading:
             answers=(q.text(answer, "answer"),),
         )
 
-    wanted = (entry for entry in SOURCE.entries(where, "questions") if not _of_no_concern(entry))
-    return SOURCE.collect(root, where, q.numbered(wanted, make))
+    entries = SOURCE.entries(where, "questions")
+    named = zip(entries, q.numbered(entries, make), strict=True)
+    return SOURCE.collect(root, where, (one for entry, one in named if not _of_no_concern(entry)))
 
 
 def _of_no_concern(entry: object) -> bool:
