@@ -24,7 +24,7 @@ _NAMED = 3  # objects in a caption
 
 
 class SearchSource:
-    """A vsearch split; a sample is a picture with all its questions, answered in a sentence (V* Bench's options)."""
+    """A vsearch split; a sample is a picture with all its questions, answered by its option in a sentence."""
 
     def __init__(
         self,

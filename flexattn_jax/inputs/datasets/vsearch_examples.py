@@ -134,7 +134,7 @@ class VisualQuestion:
     targets: tuple[int, ...]  # indices of the objects that are asked about
     question: str
     words: tuple[str, ...]  # the options in a word each, in no telling order
-    options: tuple[str, ...]  # the same as sentences, as V* Bench has them
+    options: tuple[str, ...]  # the same as sentences
     answer: int  # index of the correct option
 
 
