@@ -5,6 +5,7 @@ RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
 MINI   := runs/mini
+SEED   := 1# of the packaged models
 LAB    := .venv-lab
 TORCH  := .venv-transformers
 COSTS  := check default gpu ranking cells resolution systems train depth
@@ -30,8 +31,8 @@ check: $(READY)
 # Large pages for both, see docs/training.md.
 train-mini study: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 train-mini: $(READY)
-	$(RUN) tools/mini_study.py --out=$(MINI) --seeds=1 --arms=flex --train
-	$(RUN) eval.py --config=configs/vstar.py --config.models=$(MINI)/seed1 --workdir=$(MINI)/vsearch
+	$(RUN) tools/mini_study.py --out=$(MINI) --seeds=$(SEED) --arms=flex --train
+	$(RUN) eval.py --config=configs/vstar.py --config.models=$(MINI)/seed$(SEED) --workdir=$(MINI)/vsearch
 
 # Every arm with three seeds, and all that docs/mini.md tells of them.
 study: $(READY)
@@ -54,7 +55,7 @@ bench-transformers: $(TORCH)/.ready
 
 # What bfloat16 and int8 change in a trained model's answers.
 bench-weights: $(READY)
-	$(RUN) benchmarks/weights.py --config=configs/vstar.py:mini --config.models=$(MINI)/seed0
+	$(RUN) benchmarks/weights.py --config=configs/vstar.py:mini --config.models=$(MINI)/seed$(SEED)
 
 # PyTorch apart from the rest, which does not need it.
 $(TORCH)/.ready: requirements.txt pyproject.toml

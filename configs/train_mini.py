@@ -29,12 +29,13 @@ ARMS = {  # how pictures are read; the tower reads them whole, so that there is 
     "xattn": LOWRES | {"crossattention": {"tiles": 1, "width": 96, "num_heads": 4, "source": "connector"}},
     "vistog": LOWRES | {"grouping": {"groups": 16}},
 }
-BEGUN_AS = {"all": "flex", "random": "flex"}  # the arm whose parts BEFORE_SELECTION are theirs, too
+BEGUN_AS = {"all": "flex", "random": "flex"}  # the arm whose parts before the answers are theirs, too
 TRAINABLE = {"xattn": "decoder,highres", "vistog": "decoder,grouping"}  # the connector is the tower's and stays
 
 # What each part learns from. Search is learned where one look is enough: in captions, where an object's colour, or
-# its column, follows its name. High resolution comes first, since it shows names best; then low resolution is alone in
-# many of the samples, since its map is what selects. What is selected is read last, when it answers questions.
+# its column, follows its name. So are sides, which take two looks and come late in questions alone. High resolution
+# comes first, since it shows names best; then low resolution is alone in many of the samples, since its map is what
+# selects. What is selected is read last, when it answers questions.
 QUESTIONS = {"presets": ("standard", "crowded"), "questions": True, "text_lengths": (216,), "answer_rows": (40,)}
 CAPTIONS = {"questions": False, "captions": 4, "columns": 1, "sides": 1, "text_lengths": (88,), "answer_rows": (18,)}
 TOWER = {
@@ -47,7 +48,6 @@ PARTS = {
     "small": CAPTIONS | {"presets": ("standard", "crowded")},
     "answers": QUESTIONS | {"captions": 2, "columns": 1},
 }
-BEFORE_SELECTION = ("find", "both", "small")
 DROPOUT = {"both": 0.5, "small": 0.3, "answers": 0.2}  # share of samples that read low resolution alone
 EPOCHS = {"tower": 4.0, "more": 4.8, "find": 4.5, "both": 2.5, "small": 1.4, "answers": 3.6}
 GROUNDING = 1.0  # weight of a loss on the maps that select, where they do
@@ -64,13 +64,13 @@ def get_config(arg: str = "flex") -> config_dict.ConfigDict:
             f"configs/train_mini.py has no {arg!r}; write :tower, :tower,more or one of :{', :'.join(ARMS)}, alone "
             f"or followed by one of ,{' ,'.join(PARTS)}"
         )
-    if part in BEFORE_SELECTION and arm in BEGUN_AS:
+    if part != "answers" and arm in BEGUN_AS:
         raise ValueError(
             f"there is no :{arg}; until then {arm} is one model with {BEGUN_AS[arm]}: write :{BEGUN_AS[arm]},{part}"
         )
     model = dict(ARMS.get(arm, {"flexattention": {}}))
     if not tower and model["flexattention"].get("enabled", True):
-        every = {"selector": "all"} if part in BEFORE_SELECTION else {}
+        every = {"selector": "all"} if part != "answers" else {}
         model["flexattention"] = model["flexattention"] | every | {"dropout": DROPOUT.get(part, 0.0)}
     config = config_dict.ConfigDict()
     config.task = "search"

@@ -92,8 +92,7 @@ def train_arm(arm: str, folder: Path, tower: Path, settings: Sequence[str]) -> N
 
 def stage_of(arm: str, part: str) -> str:
     """What an arm's part is called after the colon of configs/train_mini.py; with "-" for ",", its folder."""
-    name = RECIPE["BEGUN_AS"].get(arm, arm) if part in RECIPE["BEFORE_SELECTION"] else arm
-    return arm if part == "answers" else f"{name},{part}"
+    return arm if part == "answers" else f"{RECIPE['BEGUN_AS'].get(arm, arm)},{part}"
 
 
 def train(stage: str, workdir: Path, *settings: str) -> None:

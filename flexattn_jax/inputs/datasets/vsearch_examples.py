@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import io
 import os
@@ -152,7 +153,7 @@ class Example:
         """RGB."""
         return Image.open(io.BytesIO(self.image)).convert("RGB")
 
-    @property
+    @functools.cached_property
     def side(self) -> int:
         """S, without decoding the picture."""
         return Image.open(io.BytesIO(self.image)).width
