@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -208,8 +209,8 @@ def _tower_folder(folder: pathlib.Path, given: str | pathlib.Path | None, family
         raise CheckpointError(
             f"{folder} is a Hugging Face checkpoint, which holds its vision tower; drop --vision_tower."
         )
-    if not pathlib.Path(given).is_dir():
-        raise CheckpointError(f"--vision_tower {given} is not a folder.")
+    if not isinstance(given, (str, os.PathLike)) or not os.path.isdir(given):
+        raise CheckpointError(f"--vision_tower {str(given)[:80]!r} is not a folder.")
     return pathlib.Path(given)
 
 

@@ -304,6 +304,8 @@ def write_params(
             except (OSError, ValueError, RuntimeError) as error:  # as orbax has it, when a disk is full
                 raise CheckpointError(f"{target} cannot be written: {first_line(error, 200)}.") from error
             on_write(sum(int(np.prod(leaves[p].shape)) * leaves[p].dtype.itemsize for p in paths))
+    for marker in (folder / "params").rglob("commit_success.txt"):
+        marker.write_text("written whole\n")  # orbax names the folder that it wrote in, which is no reader's business
     record = {n: {"shape": list(v.shape), "dtype": v.dtype.name, "group": v.group} for n, v in leaves.items()}
     write_json(folder / "parameters.json", {"leaves": record, "files": _file_sizes(folder)})
 

@@ -141,7 +141,7 @@ def _number(text: str, most: int, system: str, what: str) -> int:
     """A number of cells or tokens given as "8", "10%" or "all"."""
     if text == "all":
         return most
-    if match := re.fullmatch(r"(\d+)(%?)", text):
+    if match := re.fullmatch(r"(\d{1,9})(%?)", text):
         count = max(1, round(int(match[1]) * most / 100)) if match[2] else int(match[1])
         if 1 <= count <= most:
             return count
@@ -292,6 +292,6 @@ def _entries(text: str, name: str, allowed: tuple[str, ...] | None = None) -> li
 
 
 def _whole(text: str, name: str) -> int:
-    if not re.fullmatch(r"\s*[1-9]\d*\s*", text):
+    if not re.fullmatch(r"\s*[1-9]\d{0,8}\s*", text):
         raise ConfigError(f"{name} has {text!r}; write whole numbers above 0 with commas between them")
     return int(text)

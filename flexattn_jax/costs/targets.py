@@ -122,10 +122,10 @@ def parse_target(name: str) -> Target:
     kind, _, rest = name.partition(":")
     if name in ("cpu", "attached"):
         return Target(name, name)
-    if kind in GPUS and re.fullmatch(r"\d*", rest) and rest != "0":
+    if kind in GPUS and re.fullmatch(r"\d{0,9}", rest) and rest != "0":
         return Target(name, "cuda", kind, (int(rest or 1),))
     axes = 3 if kind in ("v4", "v5p", "tpu7x") else 2
-    if kind in TPUS and re.fullmatch(r"[1-9]\d*" + r"x[1-9]\d*" * (axes - 1), rest):
+    if kind in TPUS and re.fullmatch(r"[1-9]\d{0,8}" + r"x[1-9]\d{0,8}" * (axes - 1), rest):
         return Target(name, "tpu", kind, tuple(map(int, rest.split("x"))))
     raise ConfigError(
         f"targets has {name!r}; write cpu, attached, a TPU with its topology such as v5e:2x2, v6e:4x4, v4:2x2x1, "

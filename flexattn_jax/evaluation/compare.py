@@ -25,7 +25,7 @@ from flexattn_jax.config import ConfigError, VLMConfig, override
 from flexattn_jax.evaluation import harness
 from flexattn_jax.evaluation.benchmark import Scorer
 from flexattn_jax.evaluation.benchmarks import BENCHMARKS
-from flexattn_jax.evaluation.compare_costs import count_costs, time_systems
+from flexattn_jax.evaluation.compare_costs import count_costs, is_times, time_systems
 from flexattn_jax.evaluation.compare_table import draw_chart, print_tables, write_csv, write_markdown
 from flexattn_jax.evaluation.figures import bootstrap_interval
 from flexattn_jax.evaluation.harness import HarnessError
@@ -140,7 +140,7 @@ def _seeds(settings: Mapping[str, Any], models: Path) -> list[int | None]:
             raise HarnessError(f"seeds is {settings['seeds']}; they are whole numbers, such as (0, 1)")
         return list(settings["seeds"])
     numbers = [path.name.removeprefix("seed") for path in models.glob("seed*") if path.is_dir()]
-    return sorted(int(number) for number in numbers if number.isdigit()) or [None]
+    return sorted(int(number) for number in numbers if number.isdecimal()) or [None]
 
 
 def _find(
@@ -256,7 +256,7 @@ def _time(
     file = folder / "times.json"
     try:
         kept = read_json(file)
-        if not isinstance(kept, dict) or not all(isinstance(times, dict) for times in kept.values()):
+        if not isinstance(kept, dict) or not all(map(is_times, kept.values())):
             raise FileError("holds no times")
     except FileNotFoundError:
         kept = {}

@@ -26,6 +26,7 @@ from flexattn_jax.inputs.images import ImageSource, load_image, preprocess
 from flexattn_jax.inputs.tokenizer import tokenize_prompt
 from flexattn_jax.models.flops import decoder_flops, prefill_flops
 from flexattn_jax.models.vlm import VLM
+from flexattn_jax.requests import is_list
 
 PARTS = ("encode", "prefill", "decode")
 _STEPS = 8  # tokens that are decoded in one go; the time is a token's
@@ -67,6 +68,14 @@ def count_costs(config: VLMConfig, text_lengths: Sequence[int], predictions: Seq
         "answer_gflop": mean(lambda n: prefill_flops(config, n, kept, reads(n), one_row)),
         "tokens_read": (slots + read) / config.decoder.num_layers,
     }
+
+
+def is_times(value: Any) -> bool:
+    """Whether a value out of a file may be what `time_systems` gave for a system."""
+    if not isinstance(value, dict) or not all(is_list(value.get(part)) and len(value[part]) == 3 for part in PARTS):
+        return False
+    numbers = [*(number for part in PARTS for number in value[part]), value.get("memory"), value.get("passes")]
+    return isinstance(value.get("device"), str) and all(type(number) in (int, float) for number in numbers)
 
 
 def time_systems(

@@ -131,7 +131,7 @@ class Checkpointer:
     def _discard_unusable(self, damaged: Path, say: Callable[[str], None]) -> None:
         self._root.mkdir(parents=True, exist_ok=True)
         self._sums.mkdir(exist_ok=True)
-        steps = sorted((int(path.name) for path in self._root.iterdir() if path.name.isdigit()), reverse=True)
+        steps = sorted((int(path.name) for path in self._root.iterdir() if path.name.isdecimal()), reverse=True)
         faults = {step: self._fault(step) for step in steps}
         usable = [step for step in steps if faults[step] is None]
         broken = [step for step in steps if faults[step]]

@@ -51,7 +51,7 @@ class LoopConfig:
     @property
     def profiled(self) -> tuple[int, int] | None:
         """(first, end) of `profile_steps`."""
-        match = re.fullmatch(r"(\d+):(\d+)", self.profile_steps)
+        match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", self.profile_steps)
         if match is None or int(match[1]) >= int(match[2]):
             return None
         return int(match[1]), int(match[2])

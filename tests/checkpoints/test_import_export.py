@@ -260,8 +260,9 @@ def test_the_vision_tower_is_asked_for(tmp_path):
     source = published.llava15(tmp_path / "s")
     with pytest.raises(CheckpointError, match=r"no vision tower inside\. Fetch somewhere/else .*--vision_tower"):
         open_source(source.folder)
-    with pytest.raises(CheckpointError, match="not a folder"):
-        open_source(source.folder, tmp_path / "nowhere")
+    for nowhere in (tmp_path / "nowhere", "n" * 5000, 5):
+        with pytest.raises(CheckpointError, match="not a folder"):
+            open_source(source.folder, nowhere)
     inside = published.flexattn(tmp_path / "inside")
     with pytest.raises(CheckpointError, match="'somewhere/else', whose configuration is not known"):
         open_source(inside.folder)

@@ -178,6 +178,8 @@ def test_a_saved_model_is_the_model(imported, tmp_path):
     store.save_model(tmp_path / "a", source.config, trained, like=native)
     assert_trees_equal(store.load_params(tmp_path / "a"), trained)
     assert (tmp_path / "a" / "tokenizer_config.json").is_file()
+    files = [path for path in (tmp_path / "a").rglob("*") if path.is_file()]
+    assert not [path for path in files if bytes(tmp_path) in path.read_bytes()]  # no folder of this machine is named
     config = override(source.config, {"scan_layers": False, "flexattention.first_layer": 9})
     store.save_model(tmp_path / "b", config, source.params(config))
     assert store.load_config(tmp_path / "b") == config

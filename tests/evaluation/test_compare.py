@@ -110,7 +110,14 @@ def test_a_table_without_times_that_goes_on(settings, tmp_path, capsys):
     assert "vsearch standard, split test, 2 pictures" in said and said.count("there is no model in") == 2
     check_repeated(asked, tmp_path, results)
     # Times of another program's making.
-    for content in ("[]", '{"lowres": 3}', "{"):
+    good = {"encode": [1, 1, 2], "prefill": [1, 1, 2], "decode": [1, 1, 2], "memory": 5, "device": "", "passes": 1}
+    damaged = [
+        good | {"decode": [1, 1]},
+        good | {"prefill": ["1", 1, 2]},
+        good | {"memory": None},
+        good | {"device": 3},
+    ]
+    for content in ("[]", '{"lowres": 3}', "{", *(json.dumps({"lowres": times}) for times in damaged)):
         (tmp_path / "vsearch" / "times.json").write_text(content)
         with pytest.raises(HarnessError, match=r"times\.json .*; remove it to time the systems again"):
             run_benchmark(asked | {"passes": 1}, tmp_path)
