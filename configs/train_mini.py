@@ -13,23 +13,24 @@ python train.py --config=configs/train_mini.py:flex        --workdir=runs/mini/f
     --config.start.checkpoint=runs/mini/flex-small/model
 
 In place of flex: `twin` (low resolution alone), and other ways to read a picture (docs/systems.md): `dense`
-(LLaVA-1.5-HD), `xattn` (LLaVA-XAttn), `vistog` (16 tokens). `all` (every cell is read) and `random` (random cells are)
-go on from flex,small: until then all three are one model.
+(LLaVA-1.5-HD), `xattn` (LLaVA-XAttn), `vistog` (16 tokens). `released` (a cell may be read again), `all` (every cell is
+read) and `random` (random cells are) go on from flex,small: until then all four are one model.
 """
 
 from ml_collections import config_dict
 
 LOWRES = {"flexattention": {"enabled": False}}
 ARMS = {  # how pictures are read; the tower reads them whole, so that there is one tile
-    "flex": {"flexattention": {"selector": "attention"}},
+    "flex": {"flexattention": {"selector": "attention", "revisit": False}},  # each layer reads cells that are new
+    "released": {"flexattention": {"selector": "attention", "revisit": True}},
     "all": {"flexattention": {"selector": "all"}},
-    "random": {"flexattention": {"selector": "random"}},
+    "random": {"flexattention": {"selector": "random", "revisit": False}},
     "twin": LOWRES,
     "dense": LOWRES | {"dense": {"tiles": 1}},
     "xattn": LOWRES | {"crossattention": {"tiles": 1, "width": 96, "num_heads": 4, "source": "connector"}},
     "vistog": LOWRES | {"grouping": {"groups": 16}},
 }
-BEGUN_AS = {"all": "flex", "random": "flex"}  # the arm whose parts before the answers are theirs, too
+BEGUN_AS = dict.fromkeys(("released", "all", "random"), "flex")  # whose parts before the answers are theirs, too
 TRAINABLE = {"xattn": "decoder,highres", "vistog": "decoder,grouping"}  # the connector is the tower's and stays
 
 # What each part learns from. Search is learned where one look is enough: in captions, where an object's colour, or
@@ -95,7 +96,7 @@ def get_config(arg: str = "flex") -> config_dict.ConfigDict:
             "columns": 0,
             "sides": 0,
             "seed": 0,
-            "grounding": GROUNDING if (arm, part) == ("flex", "answers") else 0.0,
+            "grounding": GROUNDING if arm in ("flex", "released") and part == "answers" else 0.0,
             "data_dir": "",
             "keep_views": True,
             "eval_samples": 128,

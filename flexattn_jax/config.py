@@ -399,7 +399,9 @@ _PRESETS = {
             head_dim=24,
             rope_theta=1e8,  # slow, so that content can be searched for whatever its place
         ),
-        flexattention=FlexAttentionConfig(zoom_ratio=5, first_layer=1, selection="top_k", cell_grid=6, capacity=4),
+        flexattention=FlexAttentionConfig(
+            zoom_ratio=5, first_layer=1, selection="top_k", revisit=False, cell_grid=6, capacity=4
+        ),
         lowres_size=96,
         image_size=480,
         scan_layers=False,

@@ -169,6 +169,7 @@ class FlexAttentionConfig:
     selection: str = "threshold"  # or "top_k": the `capacity` strongest cells, whatever their strength
     threshold: float = 48.0  # on the 0..255 map, strict
     ablation_share: float = 0.1  # share of the cells that "random" and "center" keep under selection="threshold"
+    revisit: bool = True  # False: what a row has read it does not select again (an addition of ours; not for "all")
     seed: int = 0  # of selector="random"
     cell_grid: int = 9  # cells a side; the map is max-pooled to cell_grid x cell_grid
     capacity: int | None = None  # K: most cells a row may keep; None: all (exactly the reference)

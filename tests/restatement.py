@@ -72,7 +72,8 @@ def model(params, config, ids, pixels=None, size=None, readers=None, alpha=1.0, 
                 if flex.variant == "released" and margin:
                     band = maps if width > height else maps.T
                     band[:margin] = band[-margin:] = 0
-                selection[row] = select(maps, flex)
+                read = [below[row] for below in made.values()]
+                selection[row] = select(maps, flex, [] if flex.revisit else read)
             made[i] = selection
         x = x + out.reshape(length, -1) @ p["self_attn"]["o_proj"]["kernel"].T
         h = rms(x, p["post_attention_norm"]["scale"], decoder.norm_eps)
@@ -181,8 +182,8 @@ def connect(params, features):
     return linear(h * 0.5 * (1 + np.vectorize(math.erf)(h / math.sqrt(2))), params["connector"]["fc2"])
 
 
-def select(maps, flex):
-    """(C,) bool: min-max, max-pool over overlapping windows, threshold."""
+def select(maps, flex, read):
+    """(C,) bool: min-max, max-pool over overlapping windows, threshold; none of the cells that were read."""
     span = maps.max() - maps.min()
     if flex.selector == "all":
         return np.ones(flex.cell_grid**2, bool)
@@ -192,6 +193,8 @@ def select(maps, flex):
     edges = [(math.floor(i * grid / cells), math.ceil((i + 1) * grid / cells)) for i in range(cells)]
     scores = np.array([scaled[a:b, c:d].max() for a, b in edges for c, d in edges])
     wanted = scores > flex.threshold if flex.selection == "threshold" else scores >= 0
+    for cells in read:
+        wanted, scores = wanted & ~cells, np.where(cells, -1.0, scores)
     strongest = np.argsort(-scores, kind="stable")[: flex.capacity or len(scores)]
     return wanted & np.isin(np.arange(len(scores)), strongest)
 

@@ -31,7 +31,7 @@ from flexattn_jax.inputs.datasets.vsearch_examples import ATTRIBUTES, FORMS
 from flexattn_jax.training.search import SearchSource
 from flexattn_jax.training.views import VIEWS, keep_views
 
-ARMS = ("twin", "flex", "all", "random")
+ARMS = ("twin", "flex", "released", "all", "random")
 CAPACITIES = (1, 2, 8, 16)  # read by weights that were trained with another one
 EVERY_CELL = (("flexattention.selector", "all"),)
 ROOT = Path(__file__).parents[1]

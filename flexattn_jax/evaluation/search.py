@@ -265,6 +265,8 @@ def _swapped(
                     continue
                 for layer in range(layers):
                     scores = rng.random(count) + (with_object if swap == "objects" else 0)
+                    if not config.flexattention.revisit:
+                        scores -= 2 * given[:, k, own].any(axis=0)
                     kept = np.argsort(-scores)[: cells[layer, k, own].sum()]
                     given[layer + 1, k, own, kept] = True
     return given

@@ -52,6 +52,7 @@ class Arm:
 ARMS = {
     "twin": Arm("low resolution alone (LLaVA-1.5)", "twin"),
     "flex": Arm("FlexAttention", "flex"),
+    "released": Arm("FlexAttention, cells may be read again", "released"),
     "random": Arm("random cells, trained so", "random"),
     "random_swap": Arm("random cells, swapped in", "flex", "random"),
     "all": Arm("every cell", "all"),

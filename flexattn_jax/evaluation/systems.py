@@ -74,11 +74,12 @@ _SELECTORS = {
     **_flex("flex_random", "FlexAttention, random cells in the test", selector="random"),
     **_flex("flex_center", "FlexAttention, central cells in the test", selector="center"),
     **_flex("flex_every", "FlexAttention, every cell in the test", selector="all"),
+    **_flex("flex_again", "FlexAttention, cells read again in the test", revisit=True),
     **_flex("flex_paper", "FlexAttention, variant `paper`", variant="paper"),
 }
 
 _MINI_RECIPE = "python tools/mini_study.py --out={models} --arms={arm} --seeds={seed} --train"
-_MINI_ARMS = ("twin", "dense", "xattn", "vistog", "flex", "all", "random")
+_MINI_ARMS = ("twin", "dense", "xattn", "vistog", "flex", "released", "all", "random")
 
 _KEPT = f"{preset('mini').flexattention.capacity} cells"
 
@@ -88,6 +89,7 @@ _MINI = {
     "xattn": System("LLaVA-XAttn, cross-attention in every layer", "LLaVA-XAttn", "xattn"),
     "vistog": System("VisToG, 16 tokens", "VisToG", "vistog"),
     **_flex("flex", "FlexAttention", _KEPT),
+    "released": System("FlexAttention, cells may be read again", "FlexAttention, as released", "released"),
     "all": System("FlexAttention, trained with every cell", "FlexAttention, every cell", "all"),
     "random": System("FlexAttention, trained with random cells", "FlexAttention, random cells", "random"),
     **_cells(2),

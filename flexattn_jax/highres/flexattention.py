@@ -9,7 +9,8 @@ the picture's high-resolution features, cell by cell:
                k_hd, v_hd = f_HR[cells] W'_K, f_HR[cells] W'_V
     o_R      = merge(o_R, o')                                 exactly one softmax over both, by log-sum-exp
     map      = sum over heads of exp(q_R k_image^T / sqrt(d) - lse)
-    cells    = strongest K cells where max-pool(255 * min-max(map)) > threshold       for the layer above
+    cells    = strongest K cells where max-pool(255 * min-max(map)) > threshold       for the layer above,
+               without `revisit` of those that the row has not read
 
 Which rows R read, and how they come by k_hd and v_hd, differs between uses; the algorithm does not:
   - a prompt, a decoding step:   R = 1, the newest row; keys are projected when a cell is first selected
@@ -97,8 +98,10 @@ def flex_attention(
     places = take_rows(positions, rows.selectors)
     with jax.named_scope(SCOPE):
         keys = sample_keys(config, query.shape[0], key)
-        own = (jax.lax.stop_gradient(attention), picture.content, candidate, places, keys)
+        seen = None if config.revisit else selection.seen | selection.keep
+        own = (jax.lax.stop_gradient(attention), picture.content, candidate, places, keys, seen)
         selection = per_sample(partial(select, config), *own, layer, in_axes=(0,) * len(own) + (None,))
+    selection = selection.replace(seen=seen)
     selection = jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), selection)
     return out, selection, attention
 
@@ -134,6 +137,7 @@ def select(
     candidate: jax.Array,
     positions: jax.Array,
     keys: jax.Array | None,
+    seen: jax.Array | None,
     layer: jax.Array,
 ) -> Selection:
     """Cells that each selector row keeps; each sample's depend on nothing of another.
@@ -143,6 +147,7 @@ def select(
       content: (B, N), see Picture.
       candidate: (B, Q) bool, rows that may select at all.
       positions: (B, Q); keys: (B,), of `sample_keys`; layer: (): together the source of selector "random".
+      seen: (B, Q, C) bool, cells that the rows have read, which are passed over; None: all may be selected.
 
     Returns:
       At most K cells a row, see FlexAttentionConfig.
@@ -151,6 +156,8 @@ def select(
     everywhere = jnp.broadcast_to(candidate[..., None], (*candidate.shape, cells))
     if config.selector == "all":
         return keep_cells(jnp.zeros(everywhere.shape), everywhere, cells)
+    if seen is not None:
+        everywhere = everywhere & ~seen
     if config.selector == "attention":
         if config.variant == "released":  # padded bands are zeroed before the minimum is taken
             attention = attention * content[:, None]
@@ -264,7 +271,8 @@ def read_in_layer(
 
 def start_selection(config: FlexAttentionConfig, batch: int, selectors: int) -> Selection:
     """What the first FlexAttention layer reads: nothing."""
-    return empty_selection(batch, selectors, config.num_cells)
+    nothing = empty_selection(batch, selectors, config.num_cells)
+    return nothing if config.revisit else nothing.replace(seen=nothing.keep)
 
 
 def limit_union(config: FlexAttentionConfig, selection: Selection) -> Selection:

@@ -23,11 +23,13 @@ class Selection:
     keep: (B, Q, C) bool.
     strength: (B, Q, C) float32, what ranked the cells (0..255 for an attention map), -1 where a cell is not kept.
     overflow: (B, Q) int32, cells over the threshold that the capacity had no room for.
+    seen: (B, Q, C) bool, cells that the rows have read before these; None where they may be selected again.
     """
 
     keep: jax.Array
     strength: jax.Array
     overflow: jax.Array
+    seen: jax.Array | None = None
 
 
 def empty_selection(batch: int, rows: int, cells: int) -> Selection:
@@ -138,9 +140,8 @@ def unite_rows(selection: Selection, capacity: int) -> tuple[Selection, jax.Arra
     union = keep_cells(strength, selection.keep.any(axis=1, keepdims=True), capacity)
     keep = selection.keep & union.keep
     dropped = (selection.keep & ~union.keep).sum(axis=-1, dtype=jnp.int32)
-    united = Selection(
-        keep=keep, strength=jnp.where(keep, selection.strength, -1.0), overflow=selection.overflow + dropped
-    )
+    strength = jnp.where(keep, selection.strength, -1.0)
+    united = selection.replace(keep=keep, strength=strength, overflow=selection.overflow + dropped)
     return united, union.keep[:, 0]
 
 

@@ -175,9 +175,11 @@ def test_a_swap_reads_as_many_other_cells(swapped, answers, examples):
             assert len(cells & set(np.flatnonzero(kept).tolist())) == min(len(cells), kept.sum())
 
 
+@pytest.mark.parametrize("revisit", [False, True])
 @pytest.mark.parametrize("swap", ["random", "objects"])
-def test_a_swap_keeps_each_rows_number_of_cells_where_rows_differ(vlm, examples, swap):
+def test_a_swap_keeps_each_rows_number_of_cells_where_rows_differ(vlm, examples, swap, revisit):
     """Under a threshold a row may keep any number."""
+    config = override(vlm.config, {"flexattention.revisit": revisit})
     group = [pack_options(vlm.tokenizer, example, vlm.config) for example in examples[:2]]
     rows = np.full((2, 200), 1000, np.int32)
     for line, packed in zip(rows, group, strict=True):
@@ -185,12 +187,14 @@ def test_a_swap_keeps_each_rows_number_of_cells_where_rows_differ(vlm, examples,
         line[: len(reading)] = reading
     rng = np.random.default_rng(0)
     cells = rng.random((2, 2, 200, 9)) < 0.4
-    given = search._swapped(swap, cells, rows, group, examples[:2], vlm.config, rng)
+    given = search._swapped(swap, cells, rows, group, examples[:2], config, rng)
     assert given.shape == (3, 2, 200, 9) and not given[0].any()
     for b, line in enumerate(rows):
         used = int((line < 1000).sum())
         np.testing.assert_array_equal(given[1:, b, :used].sum(axis=-1), cells[:, b, :used].sum(axis=-1))
         assert not given[:, b, used:].any()
+    room = given.sum(axis=(0, -1)) <= 9
+    assert (given[1] & given[2])[room].any() == revisit
 
 
 @pytest.mark.slow

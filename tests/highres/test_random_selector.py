@@ -27,7 +27,7 @@ def kept(positions, layer=2, config=CONFIG, key=None, candidate=None):
     content = np.ones((len(positions), 16), bool)
     candidate = np.ones(positions.shape, bool) if candidate is None else candidate
     keys = sample_keys(config, len(positions), key)
-    return np.asarray(select(config, nothing, content, candidate, positions, keys, jnp.int32(layer)).keep)
+    return np.asarray(select(config, nothing, content, candidate, positions, keys, None, jnp.int32(layer)).keep)
 
 
 @settings(deadline=None, max_examples=6)

@@ -37,12 +37,16 @@ def agree(config, params, ids, pixels, sizes, expect_reading=True):
     assert (read > 0) == expect_reading
 
 
+TOP_K = {"flexattention.selection": "top_k", "flexattention.capacity": 3}
 VARIANTS = {
     "released": {},
     "low threshold": {"flexattention.threshold": 10.0},
     "capacity": {"flexattention.capacity": 2, "flexattention.threshold": 10.0},
-    "top_k": {"flexattention.selection": "top_k", "flexattention.capacity": 3},
-    "every cell": {"flexattention.selector": "all"},
+    "top_k": TOP_K,
+    "no cell twice": {"flexattention.revisit": False, "flexattention.threshold": 10.0},
+    "no cell twice, top_k": TOP_K | {"flexattention.revisit": False, "flexattention.cell_grid": 6},
+    "no cell twice, paper": {"flexattention.revisit": False, "flexattention.variant": "paper"},
+    "every cell": {"flexattention.selector": "all", "flexattention.revisit": False},
     "zoom 4": {"flexattention.zoom_ratio": 4, "image_size": 224},
     "zoom 1": {"flexattention.zoom_ratio": 1, "image_size": 56},
     "ragged cells": {"flexattention.cell_grid": 5},

@@ -221,7 +221,7 @@ def test_the_command_that_makes_the_stage_before_is_named(arg, tmp_path):
 def test_unknown_stages_are_named_with_those_there_are():
     for unknown in ("flax", "flex,finds"):
         with pytest.raises(
-            ValueError, match=r"; write :tower, :tower,more or one of :flex, :all, :random, .*,find ,both"
+            ValueError, match=r"; write :tower, :tower,more or one of :flex, :released, :all, :random, .*,find ,both"
         ):
             train_mini.get_config(unknown)
     with pytest.raises(ValueError, match="random is one model with flex: write :flex,both"):
@@ -233,12 +233,11 @@ def test_the_arms_differ_in_what_they_read_and_in_nothing_else(arg, checkpoint):
     values, flex = (train_mini.get_config(name).to_dict() for name in (arg, "flex"))
     start = StartConfig(**values["start"] | {"checkpoint": str(checkpoint / "whole")})
     found = open_start(start, dotted(values["model"]), 0).config
-    assert found.reads_highres == (arg in ("flex", "all", "random"))
+    assert found.reads_highres == (arg in ("flex", "released", "all", "random"))
     assert found.flexattention.selector == {"all": "all", "random": "random"}.get(arg, "attention")
+    assert found.flexattention.revisit == (arg == "released")
     if arg in ("xattn", "vistog"):  # which have parameters of their own
         values["optimizer"]["trainable"] = flex["optimizer"]["trainable"]
-    assert [v["data"].pop("grounding") for v in (values, flex)] == [
-        arg == "flex",
-        True,
-    ]  # where a map selects, it is taught
+    maps_select = arg in ("flex", "released")  # and are taught
+    assert [v["data"].pop("grounding") for v in (values, flex)] == [maps_select, True]
     assert values | {"model": None} == flex | {"model": None}
