@@ -23,9 +23,16 @@ from flexattn_jax.evaluation.metrics import wilson_interval
 from flexattn_jax.inputs.datasets.vsearch_examples import ATTRIBUTES
 from flexattn_jax.training.logging import METRICS
 
-COLOURS = {"flex": "#D55E00", "twin": "#0072B2", "random": "#009E73", "all": "#E69F00"}  # Okabe and Ito's
+COLOURS = {  # Okabe and Ito's
+    "flex": "#D55E00",
+    "released": "#CC79A7",
+    "twin": "#0072B2",
+    "random": "#009E73",
+    "all": "#E69F00",
+}
 TITLES = {
-    "flex": "FlexAttention",
+    "flex": "FlexAttention, no cell twice",
+    "released": "FlexAttention, cells may be read again",
     "twin": "low resolution alone",
     "random": "random cells in place of its own",
     "all": "every cell, the same weights",
@@ -88,7 +95,7 @@ def losses(seed: Path, arm: str) -> Iterator[tuple[int, list[tuple[int, float]]]
 
 def draw_sizes(axes: Any, seeds: Sequence[Path]) -> None:
     """Accuracy against the longer side of the object that is asked about."""
-    tests = {"flex": Test("flex"), "twin": Test("twin")}
+    tests = {arm: Test(arm) for arm in ("flex", "released", "twin")}
     tests |= {"random": Test("flex", swap="random"), "all": Test("flex", overrides=EVERY_CELL)}
     for name, test in tests.items():
         records = asked(seeds, test)

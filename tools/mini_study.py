@@ -34,6 +34,8 @@ from flexattn_jax.training.views import VIEWS, keep_views
 ARMS = ("twin", "flex", "released", "all", "random")
 CAPACITIES = (1, 2, 8, 16)  # read by weights that were trained with another one
 EVERY_CELL = (("flexattention.selector", "all"),)
+FINER = (("flexattention.cell_grid", 12), ("flexattention.capacity", 18))  # 12.5 % of the cells; 4 of 36 are 11.1
+READ_AGAIN = (("flexattention.revisit", True),)
 ROOT = Path(__file__).parents[1]
 RECIPE = runpy.run_path(str(ROOT / "configs" / "train_mini.py"))  # its PARTS, and which are whose
 
@@ -73,8 +75,8 @@ def tests() -> Iterator[Test]:
             yield Test("flex", preset, swap=swap)
         for capacity in CAPACITIES:
             yield Test("flex", preset, overrides=keeping(capacity))
-        yield Test("flex", preset, overrides=EVERY_CELL)
-        yield Test("flex", preset, overrides=(("flexattention.enabled", False),))
+        for overrides in (EVERY_CELL, FINER, READ_AGAIN, (("flexattention.enabled", False),)):
+            yield Test("flex", preset, overrides=overrides)
         for arm in ("twin", "flex"):
             yield Test(arm, preset, split="test_art")
         yield Test("flex", preset, data_seed=12345)
