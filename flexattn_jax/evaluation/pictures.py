@@ -101,7 +101,7 @@ def draw_question(question: Question, prediction: Prediction) -> Image.Image:
     sheet = Image.new("RGB", size, _PAPER)
     sheet.paste(main, (_MARGIN, _MARGIN))
     draw = ImageDraw.Draw(sheet)
-    _legend(draw, (_MARGIN, _MARGIN + main.height + 6), selection, len(chosen), boxes=bool(question.bbox))
+    _legend(draw, (_MARGIN, _MARGIN + main.height + 6), selection, chosen, boxes=bool(question.bbox))
     for place, (layer, panel) in enumerate(zip(shown, panels, strict=True)):
         x = _MARGIN + main.width + _GAP + (place % _COLUMNS) * (small.width + _GAP)
         y = _MARGIN + (place // _COLUMNS) * (small.height + _TITLE)
@@ -165,13 +165,19 @@ def _fit(picture: Image.Image, limit: tuple[int, int]) -> Image.Image:
 
 
 def _heat(panel: Image.Image, chosen: np.ndarray, selection: CellSelection, size: tuple[int, int]) -> Image.Image:
-    """Cells tinted by how many layers kept them; cells that no layer kept are darkened."""
+    """Cells tinted by how many layers kept them, or by which, where none was kept twice; others are darkened."""
     cells = cell_map(size, panel.size, selection.cell_grid, selection.grid)
     counts, most = chosen.sum(axis=0), max(1, len(chosen) - 1)
-    colours = np.array([_heat_colour((count - 1) / most) if count else _SHADE for count in counts], np.float32)
+    steps = chosen.argmax(axis=0) if _apart(chosen) else counts - 1
+    colours = np.where(counts[:, None] > 0, [_heat_colour(step / most) for step in steps], _SHADE).astype(np.float32)
     strength = np.where(counts, 0.34, 0.5).astype(np.float32)[cells]
     strength[_borders(cells) & (counts[cells] > 0)] = 0.85
     return _blend(panel, colours[cells], strength)
+
+
+def _apart(chosen: np.ndarray) -> bool:
+    """Whether several layers kept cells (layers, C), none of them the same."""
+    return len(chosen) > 1 and chosen.sum(axis=0).max() == 1
 
 
 def _layer(panel: Image.Image, kept: np.ndarray, selection: CellSelection, size: tuple[int, int]) -> Image.Image:
@@ -211,7 +217,7 @@ def _boxes(panel: Image.Image, question: Question, size: tuple[int, int]) -> Ima
 
 
 def _legend(
-    draw: ImageDraw.ImageDraw, at: tuple[int, int], selection: CellSelection | None, layers: int, boxes: bool
+    draw: ImageDraw.ImageDraw, at: tuple[int, int], selection: CellSelection | None, chosen: np.ndarray, boxes: bool
 ) -> None:
     x, y = at
     font = _font(14)
@@ -222,13 +228,15 @@ def _legend(
     if selection is None:
         draw.text((x, y), "no layer read high resolution", fill=_FAINT, font=font)
         return
-    text = "cell kept by 1 layer"
+    text, end = "cell kept by 1 layer", f"all {len(chosen)} layers"
+    if _apart(chosen):
+        text, end = f"cell read by layer {selection.layers[0]}", f"layer {selection.layers[-1]}"
     draw.text((x, y), text, fill=_FAINT, font=font)
     x += round(draw.textlength(text, font=font)) + 8
     for step in range(100):
         colour = tuple(int(v) for v in _heat_colour(step / 99))
         draw.line((x + step, y + 3, x + step, y + 14), fill=colour)
-    draw.text((x + 108, y), f"all {layers} layers", fill=_FAINT, font=font)
+    draw.text((x + 108, y), end, fill=_FAINT, font=font)
 
 
 def _caption(question: Question, prediction: Prediction, width: int) -> Image.Image:

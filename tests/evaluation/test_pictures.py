@@ -74,6 +74,21 @@ def test_kept_cells_stay_bright_and_the_box_is_drawn(data_dir, tmp_path):
     assert (main[y, x] == [0, 230, 255]).all()
 
 
+def test_where_no_layer_reads_a_cell_again_its_colour_says_which_did(data_dir, tmp_path):
+    class Apart(FakeVLM):
+        def _selection(self, prompt):
+            selection = super()._selection(prompt)
+            selection.cells[:] = False
+            np.fill_diagonal(selection.cells, True)
+            return selection
+
+    Image.new("RGB", (90, 90), (200, 200, 200)).save(data_dir / "direct_attributes" / "q0.png")
+    questions, finished = answered(data_dir, tmp_path / "w", Apart())
+    sheet = np.asarray(draw_question(questions[0], finished[questions[0].id])).astype(int)
+    colours = [sheet[24 + 36, 24 + 36 + 73 * layer] for layer in range(2)]  # the middles of cells 0 and 1
+    assert np.abs(colours[0] - colours[1]).max() > 10
+
+
 @pytest.mark.parametrize("size", [(400, 300), (300, 400), (1, 500), (500, 1)])
 @pytest.mark.parametrize("vlm", [FakeVLM({"What": [float("nan")] * 4}), FakeVLM(selects=False)])
 def test_sheets_of_every_shape(data_dir, tmp_path, size, vlm):
