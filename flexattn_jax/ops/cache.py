@@ -7,6 +7,8 @@ that makes both look alike: (layer,) or ().
 
 from __future__ import annotations
 
+import math
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,9 @@ import jax.numpy as jnp
 from flexattn_jax.config import Segment, VLMConfig
 from flexattn_jax.ops.selection import cell_tokens
 from flexattn_jax.partitioning import per_sample
+
+# Larger entries are read by slices on TPU, while so many slices are no long program.
+GATHERED_BYTES, MOST_CUT = 512 << 10, 64
 
 
 @flax.struct.dataclass
@@ -126,7 +131,27 @@ def read_rows(array: jax.Array, at: tuple, places: jax.Array) -> jax.Array:
     """Entries at places (B, n) of axis 1: (B, n, ...); a place outside the array gives its last entry."""
 
     def read(array: jax.Array, at: tuple, places: jax.Array) -> jax.Array:
-        samples = jnp.arange(places.shape[0])[:, None]
-        return array.at[(*at, samples, places)].get(mode="clip")
+        entry_bytes = math.prod(array.shape[len(at) + 2 :]) * array.dtype.itemsize
+        if entry_bytes <= GATHERED_BYTES or places.size > MOST_CUT:
+            return gather_rows(array, at, places)
+        return jax.lax.platform_dependent(array, at, places, tpu=cut_rows, default=gather_rows)
 
     return per_sample(read, array, at, places, in_axes=(len(at), None, 0))
+
+
+def gather_rows(array: jax.Array, at: tuple, places: jax.Array) -> jax.Array:
+    """`read_rows` by one gather."""
+    samples = jnp.arange(places.shape[0])[:, None]
+    return array.at[(*at, samples, places)].get(mode="clip")
+
+
+def cut_rows(array: jax.Array, at: tuple, places: jax.Array) -> jax.Array:
+    """`read_rows` by a slice for each place. TPU's compiler gathers larger entries in parts, and copies a part of the
+    whole array for each of them first."""
+    axes, entry = len(at) + 2, array.shape[len(at) + 2 :]
+    rows = [
+        jax.lax.dynamic_slice(array, (*at, sample, place, *(0,) * len(entry)), (*(1,) * axes, *entry))
+        for sample, own in enumerate(places)
+        for place in own
+    ]
+    return jnp.concatenate([row.reshape(1, *entry) for row in rows]).reshape(*places.shape, *entry)
