@@ -80,7 +80,7 @@ def test_a_packaged_model_answers_and_arms_that_are_not_packaged_are_named(tmp_p
         ({"models": "no/where"}, "there is no model in no/where/flex; give the folder of trained models"),
         (
             {"models": "m", "arms": ("flax",)},
-            "arms is ('flax',); name some of twin, flex, released, random, ",
+            "arms is ('flax',); name some of twin, flex, released, random, random_swap, all",
         ),
         ({"models": "m", "limit": -1}, "limit and pictures cannot be negative"),
         ({"models": "m", "batch_size": 0}, "batch_size is 0; it must lie in 1..256"),
