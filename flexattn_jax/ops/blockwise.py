@@ -67,7 +67,9 @@ def _backward(causal: bool, turns: str, kept: tuple[jax.Array, ...], gradients: 
     share = (of_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1) - of_lse  # (B, T, H)
     lse = jnp.maximum(lse, MASKED / 2)  # a row with no key has no weights
     arrays = query, key, value, lse, share, _flat(of_out.astype(value.dtype))
-    found = _run(_slopes, mask, *arrays, causal=causal, turns=_turns(turns, query, key))
+    turns = _turns(turns, query, key)
+    slopes = partial(_slopes, to_keys=_to_keys_as_it_lies if turns == "copies" else _to_keys)
+    found = _run(slopes, mask, *arrays, causal=causal, turns=turns)
     return found[0].reshape(query.shape), *found[1:], None
 
 
@@ -122,8 +124,9 @@ def _slopes(
     width: int,
     causal: bool,
     rows_at_once: int,
+    to_keys: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of queries (B, T, H*d), keys and values (B, X, J*d).
+    """Gradients of queries (B, T, H*d), keys and values (B, X, J*d); `to_keys` brings rows to keys through a map.
 
     Args:
       lse: (B, T, H), at least MASKED / 2; share: (B, T, H), rowsum(dO * O) - dL; of_out: dO (B, T, H*d).
@@ -139,15 +142,24 @@ def _slopes(
             _rows_first(jnp.einsum("bjgtx,bjxd->bjgtd", of_logits, own_key, preferred_element_type=jnp.float32))
         )
         after = ((0, 0), (0, 0), (0, key.shape[1] - own_key.shape[2]), (0, 0))
-        of_key += jnp.pad(
-            jnp.einsum("bjgtx,bjgtd->bjxd", of_logits, own_query, preferred_element_type=jnp.float32), after
-        )
-        weights = weights.astype(value.dtype)
-        of_value += jnp.pad(
-            jnp.einsum("bjgtx,bjgtd->bjxd", weights, own_out, preferred_element_type=jnp.float32), after
-        )
+        of_key += jnp.pad(to_keys(of_logits, own_query), after)
+        of_value += jnp.pad(to_keys(weights.astype(value.dtype), own_out), after)
     of_key, of_value = (x.swapaxes(1, 2).reshape(key.shape).astype(key.dtype) for x in (of_key, of_value))
     return jnp.concatenate(of_query, axis=1).astype(query.dtype), of_key, of_value
+
+
+def _to_keys(of_map: jax.Array, rows: jax.Array) -> jax.Array:
+    """Map (B, J, G, t, x) transposed, times rows (B, J, G, t, d): (B, J, x, d) float32."""
+    return jnp.einsum("bjgtx,bjgtd->bjxd", of_map, rows, preferred_element_type=jnp.float32)
+
+
+def _to_keys_as_it_lies(of_map: jax.Array, rows: jax.Array) -> jax.Array:
+    """The same; only rows and the result are turned, where XLA's CPU code would turn the map, which is larger.
+
+    (64 heads of 24 and 940 causal rows: all gradients in 182 against 247 ms on one core. On TPU it costs a little.)
+    """
+    turned = jnp.einsum("bjgtd,bjgtx->bjdx", rows, of_map, preferred_element_type=jnp.float32)
+    return turned.swapaxes(2, 3)
 
 
 def _run(
