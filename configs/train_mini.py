@@ -12,9 +12,9 @@ python train.py --config=configs/train_mini.py:flex,small  --workdir=runs/mini/f
 python train.py --config=configs/train_mini.py:flex        --workdir=runs/mini/flex        questions, selected cells
     --config.start.checkpoint=runs/mini/flex-small/model
 
-In place of flex: `twin` (low resolution alone), and other ways to read a picture (docs/systems.md): `dense`
-(LLaVA-1.5-HD), `xattn` (LLaVA-XAttn), `vistog` (16 tokens). `released` (a cell may be read again), `all` (every cell is
-read) and `random` (random cells are) go on from flex,small: until then all four are one model.
+In place of flex: `twin` (low resolution alone), and other ways to read a picture (docs/systems.md): `xattn`
+(LLaVA-XAttn), `vistog` (16 tokens). `released` (a cell may be read again), `all` (every cell is read), `random` (random
+cells are) and `dense` (LLaVA-1.5-HD) go on from flex,small: until then every cell is read, and all five are one model.
 """
 
 from ml_collections import config_dict
@@ -30,7 +30,9 @@ ARMS = {  # how pictures are read; the tower reads them whole, so that there is 
     "xattn": LOWRES | {"crossattention": {"tiles": 1, "width": 96, "num_heads": 4, "source": "connector"}},
     "vistog": LOWRES | {"grouping": {"groups": 16}},
 }
-BEGUN_AS = dict.fromkeys(("released", "all", "random"), "flex")  # whose parts before the answers are theirs, too
+# Whose parts before the answers are theirs, too. Those of `dense` would be: they would take it hours, and all cells are
+# read in flex's; it leaves the projections for cells out, and the sequence's own take their place.
+BEGUN_AS = dict.fromkeys(("released", "all", "random", "dense"), "flex")
 TRAINABLE = {"xattn": "decoder,highres", "vistog": "decoder,grouping"}  # the connector is the tower's and stays
 
 # What each part learns from. Search is learned where one look is enough: in captions, where an object's colour, or
