@@ -1,7 +1,8 @@
 """Systems beside each other on benchmarks: accuracy with intervals, tokens read, operations, times, memory.
 
-python eval.py --config=configs/compare.py --config.models=runs/mini --workdir=DIR      mini models on vsearch
-python eval.py --config=configs/compare.py:mini,ablation ...    FlexAttention's ablations, read with the same weights
+python eval.py --config=configs/compare.py --workdir=DIR                                the packaged models on vsearch
+python eval.py --config=configs/compare.py --config.models=runs/mini --workdir=DIR      models that you trained
+python eval.py --config=configs/compare.py:mini,ablation --workdir=DIR    FlexAttention's ablations, with its weights
 python eval.py --config=configs/compare.py:7b --config.models=DIR --config.data_dirs.vstar=DIR --workdir=DIR
 
 A model is looked for in MODELS/seedN/ARM/model, as tools/mini_study.py writes them, or in MODELS/ARM; one that is not
@@ -23,7 +24,7 @@ def get_config(arg: str = "mini") -> config_dict.ConfigDict:
     config.comparison = arg
     config.benchmarks = ("vstar",) if arg == "7b" else ("vsearch",)  # any of docs/benchmarks.md, "textvqa:ocr" too
     config.systems = ()  # rows, see evaluation/systems.py; empty: all
-    config.models = "" if arg == "7b" else "runs/mini"
+    config.models = ""  # folder of trained models; empty: those that ship with the package (there are no 7B ones)
     config.seeds = ()  # empty: those that `models` holds
     # Only the first so many questions of each split (vsearch: pictures); 0: all.
     config.limit = 0 if arg == "7b" else 200

@@ -84,9 +84,10 @@ def run_compare(settings: Mapping[str, Any], workdir: str | Path) -> dict[str, A
     Raises:
         HarnessError and the other user errors of `evaluation.run`.
     """
-    workdir, models, comparison = Path(workdir), Path(settings["models"]), COMPARISONS.get(settings["comparison"])
+    workdir, comparison = Path(workdir), COMPARISONS.get(settings["comparison"])
     if comparison is None:
         raise HarnessError(f"comparison is {settings['comparison']!r}; there are {', '.join(COMPARISONS)}")
+    models = Path(settings["models"]) if settings["models"] else comparison.packaged
     systems = _chosen(settings["systems"], comparison.systems)
     seeds = _seeds(settings, models)
     harness.check_sizes(settings["batch_size"], 1)
@@ -126,9 +127,9 @@ def _chosen(names: Sequence[str], systems: Mapping[str, System]) -> dict[str, Sy
     return {name: systems[name] for name in names or systems}
 
 
-def _seeds(settings: Mapping[str, Any], models: Path) -> list[int | None]:
+def _seeds(settings: Mapping[str, Any], models: Path | None) -> list[int | None]:
     """Those asked for, or those that are there; [None] for models without seeds."""
-    if not settings["models"]:
+    if models is None:
         raise HarnessError(
             "no models are given: --config.models=DIR, which holds seedN/ARM/model as tools/mini_study.py makes them, "
             "or ARM"
@@ -157,7 +158,8 @@ def _find(
         folder = models / system.arm if seed is None else models / f"seed{seed}" / system.arm
         held = next((f for f in (folder / "model", folder) if (f / "config.json").is_file()), None)
         if held is None:
-            recipe = comparison.recipes[system.arm].format(models=models, seed=seed, folder=folder)
+            place = models if settings["models"] else "runs/mini"  # nobody trains into a package
+            recipe = comparison.recipes[system.arm].format(models=place, seed=seed or 0, folder=folder)
             problems.append({"seed": seed, "reason": f"there is no model in {folder}", "command": recipe})
             continue
         try:

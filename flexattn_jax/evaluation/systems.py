@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from flexattn_jax.config import preset
+from flexattn_jax.files import packaged
 
 TRAINING_FREE = {
     "fastv": "FastV",
@@ -46,10 +48,12 @@ class Comparison:
 
     systems: by name, in the table's order.
     recipes: the command that makes an arm's model; {models}, {seed} and {folder} (of the arm) are filled in.
+    packaged: models that are read where none are given; None: there are none.
     """
 
     systems: Mapping[str, System]
     recipes: Mapping[str, str]
+    packaged: Path | None = None
 
 
 def _reduced(method: str, arm: str, tokens: int, of: str = "") -> dict[str, System]:
@@ -172,8 +176,10 @@ _LARGE_RECIPES = {
     },
 }
 
+_MINI_RECIPES = {arm: _MINI_RECIPE.replace("{arm}", arm) for arm in _MINI_ARMS}
+
 COMPARISONS = {
-    "mini": Comparison(_MINI, {arm: _MINI_RECIPE.replace("{arm}", arm) for arm in _MINI_ARMS}),
-    "mini,ablation": Comparison(_MINI_ABLATION, {arm: _MINI_RECIPE.replace("{arm}", arm) for arm in ("twin", "flex")}),
+    "mini": Comparison(_MINI, _MINI_RECIPES, packaged("mini")),
+    "mini,ablation": Comparison(_MINI_ABLATION, _MINI_RECIPES, packaged("mini")),
     "7b": Comparison(_LARGE, _LARGE_RECIPES),
 }

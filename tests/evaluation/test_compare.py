@@ -256,7 +256,7 @@ def test_every_row_has_a_recipe_and_the_config_takes_it(name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"models": ""}, "no models are given: --config.models=DIR"),
+        ({"models": "", "comparison": "7b", "systems": ()}, "no models are given: --config.models=DIR"),
         ({"models": "nowhere"}, "the folder of models nowhere does not exist"),
         ({"systems": ("flexx",)}, "systems names 'flexx'; there are lowres, dense"),
         ({"benchmarks": ("vsearch", "vqa")}, "there is no benchmark 'vqa'; there are vsearch, vstar"),
@@ -271,6 +271,14 @@ def test_every_row_has_a_recipe_and_the_config_takes_it(name):
 def test_mistakes(settings, tmp_path, changes, message):
     with pytest.raises(HarnessError, match=message):
         run_benchmark(settings("lowres") | changes, tmp_path)
+
+
+def test_without_models_the_packaged_ones_are_read(settings, tmp_path):
+    results = run_benchmark(settings("lowres", "random", passes=0, limit=1) | {"models": ""}, tmp_path)
+    rows = results["benchmarks"]["vsearch"]["systems"]
+    assert rows["lowres"]["seeds"] == [None] and rows["lowres"]["overall"]["n"] > 0
+    command = "python tools/mini_study.py --out=runs/mini --arms=random --seeds=0 --train"
+    assert [problem["command"] for problem in rows["random"]["problems"]] == [command]
 
 
 def test_other_models_in_the_same_workdir_are_refused(settings, models, tmp_path):
