@@ -72,6 +72,7 @@ def get_config(arg: str = "flex") -> config_dict.ConfigDict:
             f"there is no :{arg}; until then {arm} is one model with {BEGUN_AS[arm]}: write :{BEGUN_AS[arm]},{part}"
         )
     model = dict(ARMS.get(arm, {"flexattention": {}}))
+    selector = model["flexattention"].get("selector")
     if not tower and model["flexattention"].get("enabled", True):
         every = {"selector": "all"} if part != "answers" else {}
         model["flexattention"] = model["flexattention"] | every | {"dropout": DROPOUT.get(part, 0.0)}
@@ -98,7 +99,7 @@ def get_config(arg: str = "flex") -> config_dict.ConfigDict:
             "columns": 0,
             "sides": 0,
             "seed": 0,
-            "grounding": GROUNDING if arm in ("flex", "released") and part == "answers" else 0.0,
+            "grounding": GROUNDING if part == "answers" and selector == "attention" else 0.0,
             "data_dir": "",
             "keep_views": True,
             "eval_samples": 128,
