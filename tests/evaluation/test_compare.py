@@ -1,6 +1,7 @@
 """The comparison over small random mini models: its rows, its numbers, what is missing, and going on."""
 
 import csv
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -31,6 +32,7 @@ ARMS = {
     "dense": {"flexattention.enabled": False, "dense.tiles": 1},
 }
 PICTURES, QUESTIONS = 2, 5
+STANDARD = PRESETS["standard"]
 
 
 def load_config(*arguments):
@@ -273,10 +275,14 @@ def test_mistakes(settings, tmp_path, changes, message):
         run_benchmark(settings("lowres") | changes, tmp_path)
 
 
-def test_without_models_the_packaged_ones_are_read(settings, tmp_path):
-    results = run_benchmark(settings("lowres", "random", passes=0, limit=1) | {"models": ""}, tmp_path)
+def test_without_models_the_packaged_ones_are_read(settings, tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "standard", dataclasses.replace(STANDARD, pictures=(0, 0, 1, 0)))
+    packaged = ("lowres", "dense", "xattn", "vistog", "flex")
+    results = run_benchmark(settings(*packaged, "random", passes=0, limit=1) | {"models": ""}, tmp_path)
     rows = results["benchmarks"]["vsearch"]["systems"]
-    assert rows["lowres"]["seeds"] == [None] and rows["lowres"]["overall"]["n"] > 0
+    for name in packaged:
+        assert rows[name]["seeds"] == [None] and not rows[name]["problems"], name
+    assert all(rows[name]["overall"]["accuracy"] > rows["vistog"]["overall"]["accuracy"] for name in ("dense", "xattn"))
     command = "python tools/mini_study.py --out=runs/mini --arms=random --seeds=0 --train"
     assert [problem["command"] for problem in rows["random"]["problems"]] == [command]
 
