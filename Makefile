@@ -34,7 +34,7 @@ train-mini: $(READY)
 	$(RUN) tools/mini_study.py --out=$(MINI) --seeds=$(SEED) --arms=flex --train
 	$(RUN) eval.py --config=configs/vstar.py --config.models=$(MINI)/seed$(SEED) --workdir=$(MINI)/vsearch
 
-# Every arm with three seeds, and all that docs/mini.md tells of them.
+# FlexAttention, its twin and its ablations with three seeds, and all that docs/mini.md tells of them.
 study: $(READY)
 	$(RUN) tools/mini_study.py --out=$(MINI) --seeds=0,1,2
 	$(RUN) tools/mini_charts.py --out=$(MINI) --picture=$(MINI)/study.png
@@ -53,9 +53,9 @@ bench-parts: $(READY)
 bench-transformers: $(TORCH)/.ready
 	$(TORCH)/bin/python benchmarks/against_transformers.py
 
-# What bfloat16 and int8 change in a trained model's answers.
+# What bfloat16 and int8 change in the packaged model's answers.
 bench-weights: $(READY)
-	$(RUN) benchmarks/weights.py --config=configs/vstar.py:mini --config.models=$(MINI)/seed$(SEED)
+	$(RUN) benchmarks/weights.py --config=configs/vstar.py:mini
 
 # PyTorch apart from the rest, which does not need it.
 $(TORCH)/.ready: requirements.txt pyproject.toml
@@ -83,5 +83,6 @@ $(READY): requirements.txt pyproject.toml
 	$(VENV)/bin/pip install --quiet --config-settings editable_mode=compat --editable ".[test]"
 	touch $(READY)
 
+# Environments; what was run (runs/) stays.
 clean:
-	rm -rf $(VENV) $(LAB) $(TORCH) runs build *.egg-info
+	rm -rf $(VENV) $(LAB) $(TORCH) build *.egg-info

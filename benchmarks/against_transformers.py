@@ -1,6 +1,6 @@
 """LLaVA-1.5 here and in Hugging Face transformers (PyTorch, CPU): the same random weights, shape and inputs.
 
-    pip install "flexattn_jax[transformers]"
+    pip install --editable ".[transformers]"
     python benchmarks/against_transformers.py [--passes 5] [--out runs/benchmarks/against_transformers.json]
 
 Decoder 1024 x 16 layers (16 heads, MLP 2752, vocabulary 32,000), CLIP tower 512 x 8 layers, one picture of 336 px and
@@ -34,7 +34,7 @@ try:
     import torch
     import transformers
 except ImportError:
-    sys.exit('this needs torch and transformers; install them with pip install "flexattn_jax[transformers]"')
+    sys.exit('this needs torch and transformers; install them with pip install --editable ".[transformers]"')
 
 IMAGE_TOKEN, TEXT, START, SLOTS, TOLERANCE = 31999, 60, 35, 576, 1e-3
 GOALS = {1: (1.1, 1.0)}  # speed of prefill and decode over theirs

@@ -12,7 +12,7 @@ python compile_costs.py --config=configs/compile_costs.py:check        programs 
 python compile_costs.py --config=configs/compile_costs.py:tiny         a minute, to see that everything works
 
 An axis of one entry is named in the table's title, one of several in its rows. Targets with v or tpu need
-pip install "flexattn_jax[tpu]", a100 and h100 need "flexattn_jax[gpu]"; neither needs the chip.
+pip install --editable ".[tpu]", a100 and h100 need ".[gpu]"; neither needs the chip.
 """
 
 from typing import Any

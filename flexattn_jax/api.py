@@ -100,7 +100,13 @@ def load(
 
 
 class VisionLanguageModel:
-    """A model with its tokeniser. Answers do not depend on the batch that a question comes in."""
+    """A model with its tokeniser. Answers do not depend on the batch that a question comes in.
+
+    All methods raise ImageError for a picture that cannot be read, TokenizerError for a text that is too long to be
+    tokenised, and BatchError for all else that is wrong with what they are given: lists of another kind or of different
+    lengths, a prompt that is too long, an option or number out of its range, a picture that another model encoded, text
+    where there is no tokeniser; and for weights whose logits are not finite, but in `logits` and `score_prompts`.
+    """
 
     def __init__(
         self,
@@ -136,9 +142,6 @@ class VisionLanguageModel:
         and `score` ask do) share what the decoder makes of the beginning, the picture's tokens included. Answers are
         the same. It stays on the device while it is referred to: counted for 7B at 1008 px in bfloat16, 0.05 GB of
         features and 0.32 GB for each beginning.
-
-        Raises:
-          ImageError: a picture cannot be read.
         """
         check_lists(images=images)
         encoded, size = [], self.buckets.batch_sizes[-1]
@@ -171,10 +174,6 @@ class VisionLanguageModel:
           top_p: draw among the likeliest tokens that hold this share of the probability together; 1: among all.
           seed: of the draws, in 0..2**32 - 1, one for all questions or one for each. An answer is a function of
             picture, question and seed, whatever batch they come in.
-
-        Raises:
-          ImageError: a picture cannot be read.
-          BatchError: the lists differ in length, or a prompt is too long.
         """
         prompts = self._prompts(images, questions)
         generations = self.generate_prompts(images, prompts, max_new_tokens, temperature, top_p, seed)
@@ -304,10 +303,11 @@ class VisionLanguageModel:
             already normalised; None: no sample has a picture.
           input_ids: (B, n) or lists of different lengths, the picture as -200 or as the checkpoint's image tokens.
           image_sizes: (width, height) before padding, for pixels; None: the picture fills the square.
-          capture: names of intermediates to return: "cells" (layers, B, 1, C) bool made by layers first_layer ..;
-            "map" (layers, B, 1, N), "overflow", "strength"; "hidden" and "attention" (L, B, T, D); "lowres" (B, N, D),
-            "highres" (B, M, D), "lowres_features", "lowres_pixels", "highres_cos", "highres_sin"; with grouping
-            "groups" (B, N) int32, the group of each patch.
+          capture: names of intermediates to return. Of the layers first_layer .., (layers, B, 1, ...): "cells" (C) bool,
+            "map" (N) and "strength" (C) float32, "overflow" () int32. Of all L layers: "hidden" and "attention",
+            (L, B, T', D), T' the padded length. Of pictures: "lowres" (B, N, D), "highres" (B, M, D),
+            "lowres_features" (B, N, Dv), "lowres_pixels" (B, 3, s, s), "highres_cos" and "highres_sin" (B, M, d/2);
+            with grouping "groups" (B, N) int32, the group of each patch.
 
         Returns:
           (B, T, V) float32 as they come, NaN and infinity included, T the longest expanded prompt (positions beyond a

@@ -9,7 +9,7 @@ from ml_collections import config_dict
 
 from flexattn_jax.config import OPENED, FlexAttentionConfig
 
-_CELLS = ("selection", "threshold", "ablation_share", "revisit", "capacity", "union_capacity")
+_CELLS = ("cell_grid", "selection", "threshold", "ablation_share", "revisit", "capacity", "union_capacity")
 _SELECTION = ("variant", "selector", *_CELLS)
 INFERENCE = ("enabled", "first_layer", *_SELECTION, "seed")
 TRAINING = ("first_layer", *_SELECTION, "warmup")

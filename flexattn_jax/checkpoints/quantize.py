@@ -39,7 +39,7 @@ def quantize(params: dict, weights: str | None) -> dict:
         import qwix
     except ImportError:
         raise ConfigError(
-            'weights "int8" needs the package qwix; install it with pip install "flexattn_jax[int8]"'
+            'weights "int8" needs the package qwix; install it with pip install --editable ".[int8]"'
         ) from None
 
     def in_rows(leaf: jax.Array) -> Any:

@@ -43,7 +43,7 @@ def run_costs(values: Mapping[str, Any], workdir: str | Path) -> list[Row]:
         write_whole(folder / name, text)
         written.append(folder / name)
     if importlib.util.find_spec("matplotlib") is None:
-        console.print('charts are not drawn: they need matplotlib, pip install "flexattn_jax[lab]"')
+        console.print('charts are not drawn: they need matplotlib, pip install --editable ".[lab]"')
     else:
         written += draw_charts(found, folder)
     console.print(rich_table(found))

@@ -1,7 +1,7 @@
 """Machines that programs are compiled for: this CPU, an attached accelerator, or chips that are only described.
 
 A TPU is described by libtpu, a GPU by the target configuration below and JAX's CUDA plugin; neither needs the chip.
-Both libraries are optional: `pip install "flexattn_jax[tpu]"` and `"flexattn_jax[gpu]"`.
+Both libraries are optional: `pip install --editable ".[tpu]"` and `".[gpu]"`.
 """
 
 from __future__ import annotations
@@ -148,12 +148,12 @@ def check_installed(target: Target) -> None:
     if target.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
         raise MissingCompiler(
             f"{target.name} needs TPU's compiler, libtpu, which is not installed; no TPU is needed: "
-            'pip install "flexattn_jax[tpu]"'
+            'pip install --editable ".[tpu]"'
         )
     if target.platform == "cuda" and not _has_cuda():
         raise MissingCompiler(
             f"{target.name} needs JAX's CUDA plugin, which is not installed; no GPU is needed: "
-            'pip install "flexattn_jax[gpu]"'
+            'pip install --editable ".[gpu]"'
         )
 
 

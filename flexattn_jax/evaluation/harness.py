@@ -72,7 +72,7 @@ def evaluate(
     """Answers the questions that `log` has no answer to yet, and adds the answers to it.
 
     Args:
-        open_vlm: gives the model (`flexattn_jax.api.VLM`); not called when nothing is left to ask.
+        open_vlm: gives the model (`flexattn_jax.api.VisionLanguageModel`); not called when nothing is left to ask.
         questions: what to ask.
         log: open; `log.finished` holds every answer afterwards, earlier ones included.
         scorer: how to ask, and what the answers are worth.

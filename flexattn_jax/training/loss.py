@@ -32,7 +32,7 @@ def expand_labels(
     Args:
       labels: of each sample, one for each id, the picture's place-holder counting as one.
       image_start: (B,) place of the place-holder, -1 for a sample without a picture.
-      slots: N.
+      slots: positions that a picture takes, `VLMConfig.num_slots`.
       length: T.
       segments: of each sample, Sample.segments; blocks: Batch.blocks.
 

@@ -87,7 +87,7 @@ def test_what_cannot_be_asked_is_said(settings):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason='needs libtpu: pip install "flexattn_jax[tpu]"')
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason='needs libtpu: pip install --editable ".[tpu]"')
 def test_a_small_model_is_asked_about(settings, capsys):
     settings["data"].update(text_lengths=(32,), answer_rows=(8,))
     settings["batch_size"] = 8

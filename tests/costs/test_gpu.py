@@ -19,7 +19,7 @@ def _is_missing() -> bool:
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(_is_missing(), reason='needs the CUDA plugin (no GPU): pip install "flexattn_jax[gpu]"'),
+    pytest.mark.skipif(_is_missing(), reason='needs the CUDA plugin (no GPU): pip install --editable ".[gpu]"'),
 ]
 
 

@@ -12,7 +12,7 @@ from flexattn_jax.costs.lab import run_measurement
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None, reason='needs libtpu (no TPU): pip install "flexattn_jax[tpu]"'
+        importlib.util.find_spec("libtpu") is None, reason='needs libtpu (no TPU): pip install --editable ".[tpu]"'
     ),
 ]
 

@@ -17,6 +17,7 @@ from flexattn_jax.checkpoints.store import save_model
 from flexattn_jax.config import override
 from flexattn_jax.evaluation import compare
 from flexattn_jax.evaluation.compare_costs import count_costs
+from flexattn_jax.evaluation.compare_table import draw_chart
 from flexattn_jax.evaluation.harness import HarnessError
 from flexattn_jax.evaluation.predictions import CellSelection, WorkdirError, read_predictions
 from flexattn_jax.evaluation.run import run_benchmark
@@ -292,3 +293,9 @@ def test_other_models_in_the_same_workdir_are_refused(settings, models, tmp_path
     with pytest.raises(WorkdirError, match=r"holds another run \(.*seed was 0 and is now 1"):
         changed = settings("lowres", passes=0, seeds=(0,), limit=1)
         run_benchmark(changed | {"vsearch": changed["vsearch"] | {"seed": 1}}, tmp_path)
+
+
+def test_without_matplotlib_no_chart_is_drawn_and_that_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert draw_chart({"systems": {}}, tmp_path / "chart.png") is None
+    assert "matplotlib" in capsys.readouterr().out
