@@ -2,8 +2,8 @@
 
 python eval.py --config=configs/vstar.py:7b --config.data_dir=DIR --config.checkpoint=DIR --workdir=DIR
 
-The benchmarks are the files in configs/ but train_*.py and compile_costs.py; docs/benchmarks.md says what each of them needs.
-The same command run again goes on where a killed run stopped.
+The benchmarks are the files in configs/ but train_*.py and compile_costs.py; docs/benchmarks.md says what each of them
+needs. The same command run again goes on where a killed run stopped.
 """
 
 import pathlib

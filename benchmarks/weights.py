@@ -1,6 +1,6 @@
 """What bfloat16 and int8 weights change in a trained model's answers: one evaluation for each, side by side.
 
-    python benchmarks/weights.py --config=configs/vstar.py:mini [--config.models=DIR] [--workdir runs/benchmarks/weights]
+    python benchmarks/weights.py --config=configs/vstar.py:mini [--config.models=DIR] [--workdir DIR]
 
 Takes every setting of eval.py. Each way of storing weights is evaluated in a folder of its own, which goes on where it
 stopped; the table has the accuracy by split, and how many questions got another answer than with float32.

@@ -303,7 +303,7 @@ class VisionLanguageModel:
             already normalised; None: no sample has a picture.
           input_ids: (B, n) or lists of different lengths, the picture as -200 or as the checkpoint's image tokens.
           image_sizes: (width, height) before padding, for pixels; None: the picture fills the square.
-          capture: names of intermediates to return. Of the layers first_layer .., (layers, B, 1, ...): "cells" (C) bool,
+          capture: names of intermediates to return. Of layers first_layer .., (layers, B, 1, ...): "cells" (C) bool,
             "map" (N) and "strength" (C) float32, "overflow" () int32. Of all L layers: "hidden" and "attention",
             (L, B, T', D), T' the padded length. Of pictures: "lowres" (B, N, D), "highres" (B, M, D),
             "lowres_features" (B, N, Dv), "lowres_pixels" (B, 3, s, s), "highres_cos" and "highres_sin" (B, M, d/2);

@@ -12,8 +12,9 @@ semantic tokens and s the patches, as they leave the tower:
 
 The paper gives the tokens' place, the isolated attention, the hard Gumbel-softmax and the one grouping layer. The
 rest is chosen here after GroupViT's grouping block (arXiv 2202.11094): the similarity, the mean, the residual; and
-temperature 1, no position for semantic tokens, N(0, 0.02) to begin with (`start.draw_by_width`: see `training.state.draw_params`). A tower without attention, such as the `mini`
-preset's, has nothing that they could run through: they go to the grouping layer as they were learned.
+temperature 1, no position for semantic tokens, N(0, 0.02) to begin with (with `start.draw_by_width` see
+`training.state.draw_params`). A tower without attention, such as the `mini` preset's, has nothing that they could run
+through: they go to the grouping layer as they were learned.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from flexattn_jax.models.decoder import Decoder
 from flexattn_jax.models.vision import Views, build_tower
 from flexattn_jax.ops.cache import SegmentCache, new_cache
 from flexattn_jax.ops.resize import downscale
-from flexattn_jax.ops.selection import cell_tokens
+from flexattn_jax.ops.selection import gather_cells
 from flexattn_jax.partitioning import constrain
 
 
@@ -123,8 +123,8 @@ class VLM(nn.Module):
         if not config.reads_highres:
             return Features(lowres, None), named
         highres = jax.lax.stop_gradient(self.connector(views.highres))
-        index, _ = cell_tokens(config.highres_grid, config.flexattention.cell_grid)
-        return Features(lowres, highres[:, index]), named | {"highres": highres}
+        cells = gather_cells(highres, config.highres_grid, config.flexattention.cell_grid)
+        return Features(lowres, cells), named | {"highres": highres}
 
     def encode(self, pixels: jax.Array, key: jax.Array | None = None) -> tuple[Features, dict]:
         """Encodes pictures (B, 3, S, S), normalised, once at low and once at high resolution: `see`, then `connect`."""

@@ -60,6 +60,19 @@ def cell_tokens(grid: int, cell_grid: int) -> tuple[np.ndarray, np.ndarray]:
     return index, valid
 
 
+def gather_cells(tokens: jax.Array, grid: int, cell_grid: int) -> jax.Array:
+    """Tokens (B, grid**2, D), row-major, cell by cell: (B, C, P, D), padding as in `cell_tokens`.
+
+    Where cells are equal, it is an exchange of axes: TPU's compiler takes longer for a gather.
+    """
+    if grid % cell_grid:
+        return tokens[:, cell_tokens(grid, cell_grid)[0]]
+    batch, _, width = tokens.shape
+    side = grid // cell_grid
+    squares = tokens.reshape(batch, cell_grid, side, cell_grid, side, width).swapaxes(2, 3)
+    return squares.reshape(batch, cell_grid**2, side**2, width)
+
+
 def pool_windows(grid: int, cell_grid: int) -> np.ndarray:
     """Rows (or columns) of the map that one cell row pools: [floor(i*g/c), ceil((i+1)*g/c)), which may overlap.
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from flexattn_jax.ops.selection import (
     Selection,
     cell_tokens,
+    gather_cells,
     keep_cells,
     list_cells,
     normalise_map,
@@ -47,6 +48,12 @@ def test_cells_of_the_published_grid_are_8_by_8_blocks():
     index, valid = cell_tokens(72, 9)
     assert index.shape == (81, 64) and valid.all()
     assert index[1].tolist() == [72 * y + x for y in range(8) for x in range(8, 16)]
+
+
+@pytest.mark.parametrize("grid, cells", [(6, 3), (6, 6), (7, 3)])
+def test_tokens_are_laid_out_cell_by_cell(grid, cells):
+    tokens = np.random.default_rng(0).random((2, grid**2, 3)).astype(np.float32)
+    np.testing.assert_array_equal(gather_cells(tokens, grid, cells), tokens[:, cell_tokens(grid, cells)[0]])
 
 
 def test_normalise_map_scales_each_row_and_marks_flat_ones():
