@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import re
@@ -22,6 +23,14 @@ _NO_MEMORY = (
     "memory is full: give smaller sizes (batch_size, the model, the pictures), dtype bfloat16, or a larger machine"
 )
 _LONGEST = 6000  # characters of a message: a hostile file may have put a book into it
+
+
+def can_draw_charts() -> bool:
+    """Whether matplotlib, an optional package, is there; if not, says so, and a command goes on without charts."""
+    there = importlib.util.find_spec("matplotlib") is not None
+    if not there:
+        print('charts are not drawn: they need matplotlib, pip install --editable ".[lab]"')
+    return there
 
 
 def run_command(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from flexattn_jax.command_line import exit_code
+from flexattn_jax.command_line import can_draw_charts, exit_code
 from flexattn_jax.config import ConfigError
 from flexattn_jax.costs.cases import read_settings
 from flexattn_jax.costs.charts import draw_charts
@@ -42,9 +41,7 @@ def run_costs(values: Mapping[str, Any], workdir: str | Path) -> list[Row]:
     for name, text in (("costs.md", markdown(found) + "\n" + ratio_markdown(found)), ("costs.csv", csv_text(found))):
         write_whole(folder / name, text)
         written.append(folder / name)
-    if importlib.util.find_spec("matplotlib") is None:
-        console.print('charts are not drawn: they need matplotlib, pip install --editable ".[lab]"')
-    else:
+    if can_draw_charts():
         written += draw_charts(found, folder)
     console.print(rich_table(found))
     if (compared := ratio_table(found)) is not None:

@@ -21,6 +21,7 @@ from rich.progress import Progress
 from flexattn_jax.api import VisionLanguageModel, load
 from flexattn_jax.checkpoints.errors import CheckpointError
 from flexattn_jax.checkpoints.store import open_checkpoint
+from flexattn_jax.command_line import can_draw_charts
 from flexattn_jax.config import ConfigError, VLMConfig, override
 from flexattn_jax.evaluation import harness
 from flexattn_jax.evaluation.benchmark import Scorer
@@ -113,7 +114,8 @@ def run_compare(settings: Mapping[str, Any], workdir: str | Path) -> dict[str, A
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "results.json", results)
     write_csv(results, workdir / "compare.csv")
-    charts = [draw_chart(one, workdir / f"{name.replace(':', '_')}.png") for name, one in results["benchmarks"].items()]
+    drawn = results["benchmarks"] if can_draw_charts() else {}
+    charts = [draw_chart(one, workdir / f"{name.replace(':', '_')}.png") for name, one in drawn.items()]
     write_markdown(results, workdir / "compare.md", [path for path in charts if path])
     print_tables(results)
     print(f"Written: compare.md, compare.csv, results.json and {sum(map(bool, charts))} charts in {workdir}")

@@ -50,5 +50,7 @@ def test_what_cannot_be_is_said(monkeypatch):
     with pytest.raises(ConfigError, match="weights is 'int3'; it must be one of int8"):
         quantize({}, "int3")
     monkeypatch.setitem(sys.modules, "qwix", None)
-    with pytest.raises(ConfigError, match=r"needs the package qwix; install it with pip install --editable ..\[int8\]"):
+    with pytest.raises(
+        ConfigError, match=r'needs the package qwix; install it with pip install --editable "\.\[int8\]"'
+    ):
         quantize({}, "int8")

@@ -132,7 +132,7 @@ def test_a_missing_compiler_is_a_row_that_says_what_to_install(quiet, tmp_path, 
     assert not orders
     assert [record.status for record in costs.records] == ["compiler missing"] * 2
     messages = [record.reading["message"] for record in costs.records]
-    assert ".[tpu]" in messages[0] and ".[gpu]" in messages[1]
+    assert '--editable ".[tpu]"' in messages[0] and '--editable ".[gpu]"' in messages[1]
 
 
 def order(**changes):

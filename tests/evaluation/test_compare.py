@@ -17,7 +17,6 @@ from flexattn_jax.checkpoints.store import save_model
 from flexattn_jax.config import override
 from flexattn_jax.evaluation import compare
 from flexattn_jax.evaluation.compare_costs import count_costs
-from flexattn_jax.evaluation.compare_table import draw_chart
 from flexattn_jax.evaluation.harness import HarnessError
 from flexattn_jax.evaluation.predictions import CellSelection, WorkdirError, read_predictions
 from flexattn_jax.evaluation.run import run_benchmark
@@ -295,7 +294,10 @@ def test_other_models_in_the_same_workdir_are_refused(settings, models, tmp_path
         run_benchmark(changed | {"vsearch": changed["vsearch"] | {"seed": 1}}, tmp_path)
 
 
-def test_without_matplotlib_no_chart_is_drawn_and_that_is_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert draw_chart({"systems": {}}, tmp_path / "chart.png") is None
-    assert "matplotlib" in capsys.readouterr().out
+def test_without_matplotlib_no_chart_is_drawn_and_that_is_said(settings, tmp_path, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *of: None if name == "matplotlib" else find(name, *of))
+    run_benchmark(settings("lowres", passes=0, limit=1), tmp_path)
+    said = capsys.readouterr().out
+    assert "they need matplotlib" in said and "and 0 charts in" in said
+    assert (tmp_path / "compare.md").is_file() and not list(tmp_path.glob("*.png"))
