@@ -31,19 +31,19 @@ class Views:
     semantic: Any = None
 
 
-def tile(pixels: jax.Array, tiles: int) -> jax.Array:
-    """Cuts square pictures into tiles x tiles squares, row-major.
+def patchify(pixels: jax.Array, patch: int, tiles: int = 1) -> jax.Array:
+    """Cuts square pictures into tiles, and these into patches, both row-major.
 
     Args:
-      pixels: (B, 3, S, S), S a multiple of `tiles`.
+      pixels: (B, 3, S, S), S a multiple of tiles * patch.
 
     Returns:
-      (B * tiles**2, 3, S / tiles, S / tiles).
+      (B, tiles**2, g**2, 3 * patch**2), g = S / tiles / patch.
     """
     batch, channels, side, _ = pixels.shape
-    small = side // tiles
-    pixels = pixels.reshape(batch, channels, tiles, small, tiles, small)
-    return pixels.transpose(0, 2, 4, 1, 3, 5).reshape(batch * tiles**2, channels, small, small)
+    grid = side // tiles // patch
+    pixels = pixels.reshape(batch, channels, tiles, grid, patch, tiles, grid, patch)
+    return pixels.transpose(0, 2, 5, 3, 6, 1, 4, 7).reshape(batch, tiles**2, grid**2, channels * patch**2)
 
 
 def untile(tokens: jax.Array, tiles: int) -> jax.Array:
@@ -171,7 +171,6 @@ class VisionTower(nn.Module):
         """
         return self.tokens(pixels).x[:, 1:]
 
-    @nn.compact
     def tokens(self, pixels: jax.Array, ranked: bool = False, semantic: jax.Array | None = None) -> Tokens:
         """All tokens that leave the tower.
 
@@ -183,11 +182,13 @@ class VisionTower(nn.Module):
         Returns:
           x (B, 1 + (s / patch)**2, Dv), the class token first; and what was asked for.
         """
-        config, patch = self.config, self.config.patch_size
-        batch, _, side, _ = pixels.shape
-        grid = side // patch
-        patches = pixels.astype(self.dtype).reshape(batch, 3, grid, patch, grid, patch)
-        patches = patches.transpose(0, 2, 4, 1, 3, 5).reshape(batch, grid**2, 3 * patch**2)
+        return self._tokens(patchify(pixels, self.config.patch_size)[:, 0], ranked, semantic)
+
+    @nn.compact
+    def _tokens(self, patches: jax.Array, ranked: bool = False, semantic: jax.Array | None = None) -> Tokens:
+        """`tokens` of patches (B, g**2, 3 * patch**2)."""
+        config, patches = self.config, patches.astype(self.dtype)
+        batch, grid = patches.shape[0], math.isqrt(patches.shape[1])
         x = Linear(config.width, name="patch_embedding")(constrain(patches, "tiles", None, None))
 
         init = nn.initializers.normal(0.02)
@@ -220,18 +221,20 @@ class VisionTower(nn.Module):
         """
         if pixels is None:
             return Views(self(small))
-        batch, parts = small.shape[0], tile(pixels, tiles)
-        if parts.shape[1:] == small.shape[1:]:  # one batch for the tower, a sample's own squares side by side in it
-            every = jnp.concatenate([small[:, None], parts.reshape(batch, -1, *small.shape[1:])], axis=1)
-            features = self(every.reshape(-1, *small.shape[1:]))
-            features = features.reshape(batch, -1, *features.shape[1:])
+        squares = patchify(small, self.config.patch_size), patchify(pixels, self.config.patch_size, tiles)
+        if squares[0].shape[2:] == squares[1].shape[2:]:  # one batch for the tower
+            features = self._see(jnp.concatenate(squares, axis=1))
             lowres, highres = features[:, 0], features[:, 1:]
         else:
-            lowres, highres = self(small), self(parts)
-            highres = highres.reshape(batch, -1, *highres.shape[1:])
+            lowres, highres = self._see(squares[0])[:, 0], self._see(squares[1])
         highres = constrain(highres, "batch", None, None, None)
         lowres = constrain(lowres, "batch", None, None)
         return Views(lowres, untile(highres, tiles))
+
+    def _see(self, squares: jax.Array) -> jax.Array:
+        """Patches of a sample's squares (B, n, g**2, .), side by side in the tower's batch -> (B, n, g**2, Dv)."""
+        features = self._tokens(squares.reshape(-1, *squares.shape[2:])).x[:, 1:]
+        return features.reshape(*squares.shape[:3], -1)
 
 
 def position_features(grid: int, dims: int) -> np.ndarray:

@@ -91,17 +91,19 @@ class VLM(nn.Module):
                 views = Views(reduce_features(reduction, views.lowres))
         return jax.lax.stop_gradient(views)
 
-    def connect(self, views: Views, key: jax.Array | None = None) -> tuple[Features, dict]:
+    def connect(self, views: Views, key: jax.Array | None = None, learns: bool = False) -> tuple[Features, dict]:
         """Brings what the tower saw to the decoder's width.
 
         Args:
           views: of `see`.
           key: of grouping's noise in this step of training; None: no noise.
+          learns: the connector's gradient is wanted. FlexAttention's high resolution, which gives it none (released
+            code), is then connected apart and so keeps nothing for the backward pass.
 
         Returns:
           The features; and named intermediates `lowres_features` (B, N, Dv), `lowres` (B, N, D), `highres` (B, M, D) in
           raster order; N fewer where `reduction` or `grouping` has made them so, and then `groups` (B, N) int32, the
-          group of each patch. FlexAttention's connector gets no gradient through high resolution (released code).
+          group of each patch.
         """
         config = self.config
         views = jax.tree.map(lambda x: jnp.asarray(x, config.dtype), views)
@@ -110,44 +112,47 @@ class VLM(nn.Module):
             semantic = views.semantic if config.trains_in_tower else self.grouping.tokens(views.lowres.shape[0])
             grouped, named["groups"] = self.grouping(views.lowres, semantic, key)
             views = views.replace(lowres=grouped)
-        if config.dense is not None:
+        cross = config.crossattention
+        if not config.tiles or (cross is not None and cross.source == "tower"):
+            lowres, highres = self.connector(views.lowres), views.highres
+        elif config.reads_highres and learns:
+            lowres, highres = self.connector(views.lowres), jax.lax.stop_gradient(self.connector(views.highres))
+        else:  # one product for both, of which a compiler makes one program
             tokens = self.connector(jnp.concatenate([views.lowres, views.highres], axis=1))
-            lowres, highres = jnp.split(tokens, [config.num_lowres_tokens], axis=1)
-            return Features(tokens, None), named | {"lowres": lowres, "highres": highres}
-        lowres = self.connector(views.lowres)
+            lowres, highres = jnp.split(tokens, [views.lowres.shape[1]], axis=1)
         named["lowres"] = lowres
-        if config.crossattention is not None:
-            connected = config.crossattention.source == "connector"
-            highres = self.connector(views.highres) if connected else views.highres
-            return Features(lowres, self.highres(highres)), named | {"highres": highres}
-        if not config.reads_highres:
+        if highres is None:
             return Features(lowres, None), named
-        highres = jax.lax.stop_gradient(self.connector(views.highres))
+        named["highres"] = highres
+        if config.dense is not None:
+            return Features(tokens, None), named
+        if cross is not None:
+            return Features(lowres, self.highres(highres)), named
         cells = gather_cells(highres, config.highres_grid, config.flexattention.cell_grid)
-        return Features(lowres, cells), named | {"highres": highres}
+        return Features(lowres, cells), named
 
-    def encode(self, pixels: jax.Array, key: jax.Array | None = None) -> tuple[Features, dict]:
+    def encode(self, pixels: jax.Array, key: jax.Array | None = None, learns: bool = False) -> tuple[Features, dict]:
         """Encodes pictures (B, 3, S, S), normalised, once at low and once at high resolution: `see`, then `connect`."""
-        features, named = self.connect(self.see(pixels), key)
+        features, named = self.connect(self.see(pixels), key, learns)
         return features, named | {"lowres_pixels": downscale(pixels, self.config.lowres_size)}
 
     def assemble(
-        self, batch: Batch, features: Features | None, key: jax.Array | None = None
+        self, batch: Batch, features: Features | None, key: jax.Array | None = None, learns: bool = False
     ) -> tuple[jax.Array, Picture | Source | None, Slots | None, dict]:
         """The sequence (B, T, D) with the pictures' tokens in their slots, and what the layers know of the pictures.
 
         Args:
           batch: see Batch.
           features: of its pictures; None: they are encoded here.
-          key: see `connect`.
+          key, learns: see `connect`.
         """
         config, named = self.config, {}
         hidden = self.decoder.embed(batch.token_ids)
         if features is None:
             if batch.views is not None:
-                features, named = self.connect(batch.views, key)
+                features, named = self.connect(batch.views, key, learns)
             elif batch.pixels is not None:
-                features, named = self.encode(batch.pixels, key)
+                features, named = self.encode(batch.pixels, key, learns)
             else:
                 return hidden, None, None, named
         slot = jnp.arange(hidden.shape[1]) - batch.image_start[:, None]  # (B, T)
@@ -210,7 +215,7 @@ class VLM(nn.Module):
 
         grounded: see Step.
         """
-        hidden, picture, slots, named = self.assemble(batch, features, key)
+        hidden, picture, slots, named = self.assemble(batch, features, key, learns=True)
         length = hidden.shape[1]
         last = batch.lengths[:, None] - 1
         readers = last if readers is None else readers
