@@ -106,7 +106,7 @@ def build_parts(config: VLMConfig, params: dict) -> dict[str, Part]:
     each = f"a row, x {config.num_flex_layers} layers"
     scores = 2.0 * config.num_lowres_tokens * width
     parts["selection"] = Part(compiled(choose, query, keys), each, scores, config.num_lowres_tokens * width)
-    first = picture.tokens[:, :KEPT], picture.cos[:, :KEPT], picture.sin[:, :KEPT]
+    first = picture.tokens[:, :KEPT], picture.rotation[:, :KEPT]
     parts[f"keys of {KEPT} cells"] = Part(
         compiled(project_keys, *first, kernels[0]),
         "once a layer and cell",

@@ -61,7 +61,7 @@ LARGEST_FLOAT = (2 - 2**-23) * 2.0**127  # that float32 can hold
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Decoder layers that follow each other and do the same work: one stack of parameters.
+    """Decoder layers that follow each other and have as long a sequence: one stack of parameters.
 
     name: of the stack in the parameter tree.
     first_layer: index of its first layer in the decoder; num_layers: how many they are.
@@ -179,20 +179,17 @@ class VLMConfig:
 
     @property
     def num_plain_layers(self) -> int:
-        """Layers that have none."""
+        """Layers before them, which have none."""
         return self.decoder.num_layers - self.num_flex_layers
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """The decoder's layers in order: "plain", and "flex" (FlexAttention) or "stage1", ... (tokens were dropped)."""
-        depth, slots, reduction = self.decoder.num_layers, [self.num_slots], self.reduction
-        names, cuts = ["plain", "flex"], [self.num_plain_layers]
-        if reduction is not None and reduction.in_decoder:
-            cuts = list(reduction.cuts(depth))
-            slots += reduction.kept(slots[0], depth)
-            names = ["plain", *(f"stage{i}" for i in range(1, len(slots)))]
-        else:
-            slots *= 2
+        """The decoder's layers in order: "layers", and "stage1", ... where tokens were dropped on the way."""
+        depth, slots, cuts = self.decoder.num_layers, [self.num_slots], []
+        if self.reduction is not None and self.reduction.in_decoder:
+            cuts = list(self.reduction.cuts(depth))
+            slots += self.reduction.kept(slots[0], depth)
+        names = ["layers", *(f"stage{i}" for i in range(1, len(slots)))]
         bounds = zip(names, [0, *cuts], [*cuts, depth], slots, strict=True)
         return tuple(Segment(name, first, end - first, count) for name, first, end, count in bounds if end > first)
 

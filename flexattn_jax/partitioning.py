@@ -396,5 +396,5 @@ def with_shardings(tree: Any, shardings: Any) -> Any:
 
 
 def _path_name(path: Sequence[Any]) -> str:
-    """trained/decoder/flex/..., from the keys of jax.tree_util."""
+    """trained/decoder/layers/..., from the keys of jax.tree_util."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")

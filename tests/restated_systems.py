@@ -56,7 +56,7 @@ def layers(params, config):
         places = list(reduction.layers or usual)
         ratio = (reduction.tokens / total) ** (1 / len(places))
         cuts = {place: round(total * ratio ** (n + 1)) for n, place in enumerate(places)}
-    stack, row = "plain", 0
+    stack, row = "layers", 0
     for i in range(depth):
         if i in cuts:
             stack, row = f"stage{1 + list(cuts).index(i)}", 0

@@ -230,8 +230,10 @@ def bicubic(size, large):
 
 
 def layer_of(decoder, i, config):
-    plain = config.num_plain_layers
-    return take(decoder["plain"], i) if i < plain else take(decoder["flex"], i - plain)
+    layer, plain = take(decoder["layers"], i), config.num_plain_layers
+    if i >= plain:
+        layer["self_attn"] |= take(decoder["highres"], i - plain)
+    return layer
 
 
 def take(tree, i):

@@ -335,6 +335,8 @@ def leaf_of(name: str, config: VLMConfig) -> tuple[str, int | None]:
     part, layer, rest = match[1], int(match[2]), match[3]
     if part == "vision":
         return f"vision/blocks/{rest}", layer
+    if "_proj_hd/" in rest:
+        return f"decoder/highres/{rest.removeprefix('self_attn/')}", layer - config.num_plain_layers
     segment = next(s for s in reversed(config.segments) if layer >= s.first_layer)
     return f"decoder/{segment.name}/{rest}", layer - segment.first_layer
 
@@ -348,7 +350,7 @@ def leaf_tensors(config: VLMConfig) -> dict[str, list[str]]:
 
 
 def leaf_shapes(config: VLMConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every leaf of the stacked parameter tree, by its path ("decoder/flex/mlp/up_proj/kernel")."""
+    """Shape of every leaf of the stacked parameter tree, by its path ("decoder/layers/mlp/up_proj/kernel")."""
     shapes = tensor_shapes(config)
     return {
         leaf: shapes[names[0]] if leaf in shapes else (len(names), *shapes[names[0]])

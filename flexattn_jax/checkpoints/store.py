@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 FORMAT = "flexattn_jax checkpoint"
-VERSION = 1
+VERSION = 2
 GROUP_BYTES = 1 << 29  # leaves are gathered into groups of about this size; a larger leaf is a group of its own
 CHUNK_BYTES = 1 << 26  # of one array's piece on disk, so that a device reads little more than its own shard
 UNREAD_FILE = "unread.safetensors"

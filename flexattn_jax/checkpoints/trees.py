@@ -17,7 +17,7 @@ from flexattn_jax.checkpoints.errors import CheckpointError
 from flexattn_jax.config import VLMConfig
 
 Array = Any  # jax.Array or np.ndarray
-STACKS = r"blocks|plain|flex|stage\d+"  # the subtrees whose leaves have a layer axis in front
+STACKS = r"blocks|layers|highres|stage\d+"  # subtrees of a part whose leaves have a layer axis in front
 
 
 def check_room(config: VLMConfig, dtype: str, shardings: Any) -> None:
@@ -37,7 +37,7 @@ def check_room(config: VLMConfig, dtype: str, shardings: Any) -> None:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"decoder/flex/mlp/up_proj/kernel": leaf} of a nested tree."""
+    """{"decoder/layers/mlp/up_proj/kernel": leaf} of a nested tree."""
     flat = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + key: value}
@@ -65,7 +65,7 @@ def param_shapes(config: VLMConfig) -> dict[str, Any]:
 
 
 def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree with {"flex": [L, ...]} as {"flex_0": [...], "flex_1": [...], ...}, likewise "plain" and "blocks"."""
+    """The tree with {"layers": [L, ...]} as {"layers_0": [...], "layers_1": [...], ...}, likewise all STACKS."""
     return nest(unstack_flat(flatten(params)))
 
 

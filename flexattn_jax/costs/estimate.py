@@ -6,7 +6,6 @@ All of it is for one device. Nothing here is a measurement.
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Any
 
 from flexattn_jax.costs import hlo
@@ -45,7 +44,7 @@ class Estimate:
         return dataclasses.asdict(self)
 
 
-def estimate(text: str, assumed: hlo.Assumed | None = None) -> Estimate:
+def estimate(text: str, assumed: hlo.Assumed = hlo.AS_WRITTEN) -> Estimate:
     """Reads `compiled.as_text()`; `assumed` as in `hlo.walk`."""
     module = hlo.parse(text)
     cycles = unestimated = total = 0.0
@@ -98,8 +97,7 @@ def roofline_seconds(flops: float, hbm_bytes: float, chip: Chip | None) -> float
 
 
 def _selects(instruction: hlo.Instruction) -> bool:
-    found = re.search(r'op_name="([^"]*)"', instruction.attributes)
-    return found is not None and hlo.in_scope(found[1], SCOPE)
+    return hlo.in_scope(hlo.path_of(instruction), SCOPE)
 
 
 def _result_bytes(instruction: hlo.Instruction) -> float:

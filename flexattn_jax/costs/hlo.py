@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
+
+from flexattn_jax.highres.flexattention import LAYER_SCOPE
 
 BYTES = {"pred": 1, "token": 0, "bf16": 2, "c64": 8, "c128": 16} | {
     f"{kind}{bits}": bits / 8 for kind in "suf" for bits in (2, 4, 8, 16, 32, 64)
@@ -51,8 +53,29 @@ class Module:
     entry: str
 
 
-# Turns of a loop that the text does not tell, given whether its body takes exponentials.
-Assumed = Callable[[bool], float]
+@dataclasses.dataclass(frozen=True)
+class Assumed:
+    """What is assumed of a program where its text cannot tell, since it depends on data.
+
+    projecting: turns of a loop that takes no exponentials, as those do that project cells.
+    reading: turns of one that does, as those do that attend to them.
+    flex_layers: share of a stack's layers that meet the condition for FlexAttention (`LAYER_SCOPE`).
+    """
+
+    projecting: float = 1.0
+    reading: float = 1.0
+    flex_layers: float = 1.0
+
+    def turns(self, exponentials: bool) -> float:
+        """Turns of a loop."""
+        return self.reading if exponentials else self.projecting
+
+    def share(self, path: str) -> float:
+        """How often a condition that came about at `path` is met; 1 of those that nothing is known of."""
+        return self.flex_layers if path.endswith(f"{LAYER_SCOPE}/cond") else 1.0
+
+
+AS_WRITTEN = Assumed()  # every loop that the text does not tell turns once, every condition is met
 
 
 def parse(text: str) -> Module:
@@ -107,13 +130,10 @@ def _closing(text: str) -> int:
     return len(text)
 
 
-def walk(module: Module, assumed: Assumed | None = None) -> Iterator[tuple[str, Instruction, float]]:
+def walk(module: Module, assumed: Assumed = AS_WRITTEN) -> Iterator[tuple[str, Instruction, float]]:
     """Executed instructions with the computation that they stand in and how often they are executed.
 
-    All branches of a conditional are met. What is inside of a fusion is not: the fusion is.
-
-    Args:
-      assumed: turns of loops whose number depends on data; None: one.
+    All branches of a conditional are met, as often as is assumed. What is inside of a fusion is not: the fusion is.
     """
     stack = [(module.entry, 1.0)]
     while stack:
@@ -123,10 +143,11 @@ def walk(module: Module, assumed: Assumed | None = None) -> Iterator[tuple[str, 
             if instruction.opcode == "while":
                 turns = trip_count(module, computation, instruction)
                 if turns is None:
-                    turns = assumed(takes_exponentials(module, _body(instruction))) if assumed else 1
+                    turns = assumed.turns(takes_exponentials(module, _body(instruction)))
                 stack.append((_body(instruction), times * turns))
             elif instruction.opcode == "conditional":
-                stack += [(name, times) for name in _branches(instruction)]
+                share = assumed.share(path_of(instruction))
+                stack += [(name, times * share) for name in _branches(instruction)]
             elif instruction.opcode in ("call", "async-start"):
                 stack += [(name, times) for name in _CALLED.findall(instruction.attributes)]
 
@@ -274,6 +295,12 @@ def array_bytes(kind: str, space: int | None = None) -> float:
             continue
         total += BYTES.get(dtype, 1) * math.prod(int(n.lstrip("<=")) for n in shape.split(",") if n)
     return total
+
+
+def path_of(instruction: Instruction) -> str:
+    """Where in the traced program an instruction comes from; "" where the compiler does not say."""
+    found = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    return found[1] if found else ""
 
 
 def in_scope(path: str, scope: str) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 from flexattn_jax.checkpoints.trees import param_shapes
 from flexattn_jax.config import VLMConfig, from_dict
 from flexattn_jax.costs.cases import Case, model_config
+from flexattn_jax.costs.hlo import AS_WRITTEN, Assumed
 from flexattn_jax.costs.rankings import ranked_by
 from flexattn_jax.highres.cells import PROJECTED_AT_ONCE, READ_AT_ONCE
 from flexattn_jax.inference.reading import Prompts
@@ -44,8 +45,8 @@ class Program:
     run: jitted.
     arguments: abstract, with shardings.
     analytic_flops: on all devices together, counted from shapes; None where nobody has counted.
-    assumed: turns of loops that depend on data, see hlo.walk.
-    assumption: the same for people; "" where there are no such loops.
+    assumed: see hlo.walk.
+    assumption: the same for people, of loops that depend on data; "" where there are none.
     tokens_a_cell: P, for the rankings.
     notes: further entries of the reading.
     """
@@ -53,7 +54,7 @@ class Program:
     run: Callable
     arguments: tuple[Any, ...]
     analytic_flops: float | None
-    assumed: Callable[[bool], float] | None = None
+    assumed: Assumed = AS_WRITTEN
     assumption: str = ""
     tokens_a_cell: int = 1
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -196,6 +197,7 @@ def train_program(
         step,
         arguments,
         step_flops(config, samples, length, readers, trains_decoder),
+        assumed=Assumed(flex_layers=_flex_share(config)),
         tokens_a_cell=_tokens_a_cell(config),
         notes=dict(zip(("state", "batch"), map(device_bytes, arguments), strict=True)),
     )
@@ -342,8 +344,13 @@ def _cells_of_a_row(config: VLMConfig) -> int:
 
 
 def _reading_layers(config: VLMConfig) -> int:
-    """Layers that read cells: the first of the second segment only selects."""
+    """Layers that read cells: the first with FlexAttention only selects."""
     return max(0, config.num_flex_layers - 1) if config.reads_highres else 0
+
+
+def _flex_share(config: VLMConfig) -> float:
+    """Share of a stack's layers that have FlexAttention, where a condition in the one body of all layers asks."""
+    return config.num_flex_layers / config.decoder.num_layers if config.reads_highres else 1.0
 
 
 def _tokens_a_cell(config: VLMConfig) -> int:
@@ -367,7 +374,7 @@ def _with_cells(config: VLMConfig, program: Program, projecting: int, reading: i
         read = 0
     return dataclasses.replace(
         program,
-        assumed=lambda exponentials: read if exponentials else project,
+        assumed=Assumed(project, read, _flex_share(config)),
         assumption=f"a layer projects {projecting} and reads {reading} cells" + (" at most" if at_most else ""),
         tokens_a_cell=_tokens_a_cell(config),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from jax import stages
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo as dialect
 
-from flexattn_jax.costs.hlo import Assumed, in_scope
+from flexattn_jax.costs.hlo import AS_WRITTEN, Assumed, in_scope
 from flexattn_jax.ops.rope import SCOPE
 
 _RANKINGS = ("stablehlo.sort", "chlo.top_k")
@@ -41,8 +42,8 @@ class Counts:
         return dataclasses.asdict(self) | {"rankings": [list(entry) for entry in self.rankings]}
 
 
-def count(lowered: stages.Lowered, assumed: Assumed | None = None) -> Counts:
-    """Counts a program; `assumed` gives the turns of loops that depend on data (None: one), as in hlo.walk."""
+def count(lowered: stages.Lowered, assumed: Assumed = AS_WRITTEN) -> Counts:
+    """Counts a program; `assumed`: see `hlo.walk`."""
     module = lowered.compiler_ir("stablehlo")
     functions = {_symbol(op): op for op in module.body.operations if op.operation.name == "func.func"}
     every = [op for op in _nested(module.operation) if op.name not in ("func.func", "builtin.module")]
@@ -61,7 +62,7 @@ def count(lowered: stages.Lowered, assumed: Assumed | None = None) -> Counts:
 class _Totals:
     """FLOPs and data-dependent loops of functions, each function counted once however often it is called."""
 
-    def __init__(self, functions: dict[str, Any], assumed: Assumed | None):
+    def __init__(self, functions: dict[str, Any], assumed: Assumed):
         self._functions, self._assumed = functions, assumed
         self._known: dict[str, tuple[float, int]] = {}
 
@@ -85,13 +86,16 @@ class _Totals:
             return _convolution_flops(op), 0
         if op.name == "func.call":
             return self.of(self._functions[op.attributes["callee"].value])
+        flops, loops = self._region(op)
+        if op.name == "stablehlo.case":
+            paths = re.findall(r'"([^"]*)"', str(op.location))
+            return flops * min(map(self._assumed.share, paths), default=1.0), loops
         if op.name != "stablehlo.while":
-            return self._region(op)
-        flops, loops = self._region(op)  # the condition multiplies nothing
-        turns = trip_count(op)
+            return flops, loops
+        turns = trip_count(op)  # the condition multiplies nothing
         if turns is not None:
             return flops * turns, loops
-        return flops * (self._assumed(self._exponentials(op)) if self._assumed else 1), loops + 1
+        return flops * self._assumed.turns(self._exponentials(op)), loops + 1
 
     def _exponentials(self, op: Any) -> bool:
         return any(

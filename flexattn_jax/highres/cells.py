@@ -13,7 +13,7 @@ from flexattn_jax.ops.attention import MASKED, attend, merge, scaled_logits, sof
 from flexattn_jax.ops.cache import LayerCache, read_rows, whole, write_rows
 from flexattn_jax.ops.resize import resize_rope
 from flexattn_jax.ops.rope import apply_rope, rope_table
-from flexattn_jax.ops.selection import SCOPE, Selection, cell_tokens, keep_of_listed, list_cells
+from flexattn_jax.ops.selection import SCOPE, Selection, cell_tokens, gather_cells, keep_of_listed, list_cells
 from flexattn_jax.partitioning import constrain, per_sample
 
 # Cells, by one turn of the loops in read_cached. A token's row misses one or none in most layers, a prompt's all.
@@ -29,16 +29,15 @@ class Picture:
     start: (B,) int32, position of its first low-resolution token in the sequence; -1: the sample has no picture.
     content: (B, N) bool, False on the rows or columns of the low-resolution grid that are padding.
     tokens: (B, C, P, D) high-resolution features, cell by cell; without gradient.
-    valid: (C, P) bool, False where a cell is padded to P tokens.
-    cos, sin: (B, C, P, d/2) float32, the rotation of these tokens.
+    rotation: (B, C, P, d) float32, cosines and sines of these tokens' rotation side by side.
+    valid: (C, P) bool, False where a cell is padded to P tokens; None where none is.
     """
 
     start: jax.Array
     content: jax.Array
     tokens: jax.Array
-    valid: jax.Array
-    cos: jax.Array
-    sin: jax.Array
+    rotation: jax.Array
+    valid: jax.Array | None
 
 
 def make_picture(
@@ -49,35 +48,37 @@ def make_picture(
     Args:
       start: (B,); content: (B, N); tokens: (B, C, P, D), see Picture.
     """
-    cos, sin = highres_rope(config, start)
-    index, valid = cell_tokens(config.highres_grid, config.flexattention.cell_grid)
+    rotation = highres_rope(config, start)
+    grids = config.highres_grid, config.flexattention.cell_grid
+    _, valid = cell_tokens(*grids)
     tokens = constrain(tokens, "batch", None, None, None)
-    picture = Picture(start, content, tokens, jnp.asarray(valid), cos[:, index], sin[:, index])
+    padding = None if valid.all() else jnp.asarray(valid)
+    cos, sin = jnp.split(rotation, 2, axis=-1)
+    picture = Picture(start, content, tokens, gather_cells(rotation, *grids), padding)
     return picture, {"highres_cos": cos, "highres_sin": sin}
 
 
-def highres_rope(config: VLMConfig, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+def highres_rope(config: VLMConfig, start: jax.Array) -> jax.Array:
     """Rotation of high-resolution tokens: the sequence's table at the image slots, resized to the finer grid.
 
     Args:
       start: (B,) first image slot of each sample.
 
     Returns:
-      cos, sin: (B, M, d/2) float32 in raster order.
+      (B, M, d) float32 in raster order, cosines and sines side by side.
     """
     positions = jnp.maximum(start, 0)[:, None] + jnp.arange(config.num_lowres_tokens)
     tables = rope_table(positions, config.decoder.head_dim, config.decoder.rope_theta)
-    grid, fine = config.lowres_grid, config.highres_grid
-    return tuple(
-        resize_rope(table.reshape(-1, grid, grid, table.shape[-1]), fine).reshape(-1, fine**2, table.shape[-1])
-        for table in tables
-    )
+    grid, zoom = config.lowres_grid, config.flexattention.zoom_ratio
+    table = jnp.concatenate(tables, axis=-1).reshape(-1, grid, grid, config.decoder.head_dim)
+    return resize_rope(table, zoom).reshape(len(table), -1, table.shape[-1])
 
 
-def project_keys(tokens: jax.Array, cos: jax.Array, sin: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Rotated keys of high-resolution tokens: tokens (..., D), cos and sin (..., d/2) -> (..., J*d)."""
+def project_keys(tokens: jax.Array, rotation: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Rotated keys of high-resolution tokens: tokens (..., D), rotation (..., d) -> (..., J*d)."""
     key = _project(tokens, kernel)
-    return apply_rope(key.reshape(*key.shape[:-1], -1, 2 * cos.shape[-1]), cos, sin).reshape(key.shape)
+    cos, sin = jnp.split(rotation, 2, axis=-1)
+    return apply_rope(key.reshape(*key.shape[:-1], -1, rotation.shape[-1]), cos, sin).reshape(key.shape)
 
 
 def _project(tokens: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -105,14 +106,14 @@ def read_union(
         cells, _ = list_cells(keep.any(axis=1), capacity)
         return cells, keep_of_listed(keep, cells)
 
-    tokens, cos, sin, keep = picture.tokens, picture.cos, picture.sin, selection.keep
-    valid = jnp.broadcast_to(picture.valid, tokens.shape[:3])
+    tokens, rotation, valid, keep = picture.tokens, picture.rotation, picture.valid, selection.keep
     if capacity < keep.shape[-1]:
         with jax.named_scope(SCOPE):
             cells, keep = per_sample(list_union, keep)
-            tokens, cos, sin, valid = (read_rows(x, (), cells) for x in (tokens, cos, sin, valid))
-    key, value = project_keys(tokens, cos, sin, key_kernel), _project(tokens, value_kernel)
-    mask = keep[..., None] & valid[:, None]  # (B, Q, U, P)
+            tokens, rotation = (read_rows(x, (), cells) for x in (tokens, rotation))
+            valid = _valid_of(picture, cells)
+    key, value = project_keys(tokens, rotation, key_kernel), _project(tokens, value_kernel)
+    mask = _token_mask(keep, valid, tokens.shape[2])
     return attend(query, _flat(key), _flat(value), mask.reshape(*mask.shape[:2], -1))
 
 
@@ -140,8 +141,8 @@ def read_cached(
     Args:
       query: (B, R, H, d).
       selection: (B, Q, C).
-      key_kernel, value_kernel: (J*d, D).
-      cache: of this layer, with `at` its index prefix (see ops/cache.py).
+      key_kernel, value_kernel: (J*d, D), or stacks of them.
+      cache: of this layer; `at`: the index prefix of its cells and kernels (see ops/cache.py).
       capacity: K, static, most cells a row of the selection keeps.
       at_once: cells projected by a turn, static.
 
@@ -156,9 +157,12 @@ def read_cached(
 
     def project(state):
         turn, key_hd = state
+        if at:  # sliced before the loop, a kernel would be copied for tokens that project no cell, too
+            turn, *place = jax.lax.optimization_barrier((turn, *at))
+        kernel = whole(key_kernel, tuple(place) if at else ())
         cells = jax.lax.dynamic_slice_in_dim(missing, turn * at_once, at_once, axis=1)
-        tokens, cos, sin = (read_rows(x, (), cells) for x in (picture.tokens, picture.cos, picture.sin))
-        return turn + 1, write_rows(key_hd, at, cells, project_keys(tokens, cos, sin, key_kernel))
+        tokens, rotation = (read_rows(x, (), cells) for x in (picture.tokens, picture.rotation))
+        return turn + 1, write_rows(key_hd, at, cells, project_keys(tokens, rotation, kernel))
 
     _, key_hd = jax.lax.while_loop(lambda state: state[0] * at_once < missing_count.max(), project, (0, cache.key_hd))
     cache = cache.replace(
@@ -166,6 +170,7 @@ def read_cached(
         projected=cache.projected | wanted if not at else cache.projected.at[at].set(projected | wanted),
     )
 
+    value_kernel = whole(value_kernel, at)
     listed, count = list_cells(wanted, _padded(total, READ_AT_ONCE))
     few_rows = query.shape[1] * query.shape[2] <= value_kernel.shape[0]
     attend_part = attend_features if few_rows else partial(attend_projected, value_kernel=value_kernel)
@@ -176,7 +181,7 @@ def read_cached(
             turn, *found = state
             cells = jax.lax.dynamic_slice_in_dim(listed, turn * READ_AT_ONCE, READ_AT_ONCE, axis=1)
             keep = keep_of_listed(selection.keep, cells)
-            mask = keep[..., None] & picture.valid.at[cells].get(mode="clip")[:, None]
+            mask = _token_mask(keep, _valid_of(picture, cells), picture.tokens.shape[2])
             part = attend_part(query, read_rows(key_hd, at, cells), read_rows(picture.tokens, (), cells), mask)
             return turn + 1, *merge(tuple(found), part)
 
@@ -184,7 +189,7 @@ def read_cached(
         return jax.lax.while_loop(lambda state: state[0] * READ_AT_ONCE < count.max(), read, (0, *nothing))[1:]
 
     def read_all(key_hd):
-        mask = selection.keep[..., None] & picture.valid
+        mask = _token_mask(selection.keep, picture.valid, picture.tokens.shape[2])
         return attend_part(query, whole(key_hd, at), picture.tokens, mask)
 
     if min(capacity * selection.keep.shape[1], total) * 2 <= total:
@@ -230,6 +235,17 @@ def project_values(features: jax.Array, value_kernel: jax.Array, width: int) -> 
         products = kernel.astype(jnp.float32) * grouped[0, 0].astype(jnp.float32)
         return products.sum(axis=-1).astype(features.dtype).reshape(batch, rows, heads, width)
     return jnp.einsum("brjgk,jdk->brjgd", grouped, kernel).reshape(batch, rows, heads, width)
+
+
+def _valid_of(picture: Picture, cells: jax.Array) -> jax.Array | None:
+    """`Picture.valid` of listed cells (B, n): (B, 1, n, P)."""
+    return None if picture.valid is None else picture.valid.at[cells].get(mode="clip")[:, None]
+
+
+def _token_mask(keep: jax.Array, valid: jax.Array | None, tokens: int) -> jax.Array:
+    """Which tokens of cells rows read: keep (B, Q, n), valid (..., n, P) or None, P = tokens -> (B, Q, n, P)."""
+    mask = keep[..., None]
+    return jnp.broadcast_to(mask, (*keep.shape, tokens)) if valid is None else mask & valid
 
 
 def _padded(length: int, step: int) -> int:

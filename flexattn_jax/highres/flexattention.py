@@ -33,7 +33,7 @@ from flexattn_jax.config import FlexAttentionConfig, VLMConfig
 from flexattn_jax.highres.cells import PROJECTED_AT_ONCE, Part, Picture, read_cached, read_union
 from flexattn_jax.highres.step import Rows, Step
 from flexattn_jax.ops.attention import merge, row_probabilities
-from flexattn_jax.ops.cache import LayerCache, read_rows, write_rows
+from flexattn_jax.ops.cache import LayerCache, read_rows, whole, write_rows
 from flexattn_jax.ops.selection import (
     SCOPE,
     Selection,
@@ -44,6 +44,9 @@ from flexattn_jax.ops.selection import (
     unite_rows,
 )
 from flexattn_jax.partitioning import constrain, per_sample
+
+# jax.named_scope of the condition for layers that have FlexAttention, where one body runs all; costs/ know it by it.
+LAYER_SCOPE = "flexattention"
 
 
 def flex_attention(
@@ -64,37 +67,37 @@ def flex_attention(
     """One layer: the rows read the cells that the layer below selected, and their maps select for the layer above.
 
     Args:
-      query: (B, T, H, d), rotated.
-      lowres: attention of all T rows to the sequence.
+      query: (B, R, H, d), rotated, of the readers. Where other rows select (variant "paper"), all T rows read.
+      lowres: attention of these rows to the sequence.
       keys: (B, X, J*d), rotated keys among which the picture's N low-resolution ones are.
       selection: of the layer below, for the Q selectors.
       read: attention of the readers' queries (B, R, H, d) to the selected cells; None where nothing is selected.
       layer: index in the whole decoder, for selector "random".
-      positions: (B, T) int32, sequence positions of the T rows, for selector "random".
+      positions: (B, T) int32, sequence positions of the call's T rows, for selector "random".
       alpha: share of high resolution in the readers' outputs while training warms up; None: all of it.
       key: of selector "random" in this step of training; None: that of config.seed.
       grounded: whether the map has a gradient; the selection never has.
 
     Returns:
-      Attention output (B, T, H, d), the new selection, and the map (B, Q, N) float32 that made it.
+      Attention output of the readers (B, R, H, d), the new selection, and the map (B, Q, N) float32 that made it.
     """
     out, lse = lowres
-    map_lse = lse
     if read is not None:
-        low_out, low_lse = take_rows(out, rows.readers), take_rows(lse, rows.readers)
-        full_out, full_lse = merge((low_out, low_lse), read(take_rows(query, rows.readers), selection))
+        full_out, full_lse = merge(lowres, read(query, selection))
         if alpha is not None:
-            full_out = ((1 - alpha) * low_out + alpha * full_out).astype(out.dtype)
-        out = put_rows(out, rows.readers, full_out)
+            full_out = ((1 - alpha) * out + alpha * full_out).astype(out.dtype)
+        out = full_out
         # The released code takes the map from the softmax without high resolution; the paper's Map' includes it.
         if config.variant == "paper":
-            map_lse = put_rows(lse, rows.readers, full_lse)
+            lse = full_lse
 
-    operands = take_rows(query, rows.selectors), keys, take_rows(map_lse, rows.selectors)
+    if config.variant == "paper":
+        query, lse = take_rows(query, rows.selectors), take_rows(lse, rows.selectors)
+    operands = query, keys, lse
     if not grounded:
         operands = jax.lax.stop_gradient(operands)
     attention = image_map(*operands, picture.start, picture.content.shape[-1])
-    candidate = (picture.start >= 0)[:, None] & (rows.selectors < query.shape[1])
+    candidate = (picture.start >= 0)[:, None] & (rows.selectors < positions.shape[1])
     places = take_rows(positions, rows.selectors)
     with jax.named_scope(SCOPE):
         keys = sample_keys(config, query.shape[0], key)
@@ -213,60 +216,83 @@ def read_in_layer(
     query: jax.Array,
     lowres: Part,
     keys: jax.Array,
-    kernels: tuple[jax.Array, jax.Array],
     selection: Selection,
     index: jax.Array | int,
     cache: LayerCache | None,
-    at: tuple,
 ) -> tuple[jax.Array, Selection, LayerCache | None, dict]:
     """`flex_attention` in a decoder layer: where cells come from, and what the layer above is told.
 
+    Layers before first_layer pass by. Where layers are scanned, one body runs all of them and a condition tells which.
+
     Args:
       step, query, lowres, keys, selection: see Step and `flex_attention`.
-      kernels: (J*d, D) each, of high-resolution keys and values.
-      index: of the layer among those with FlexAttention; a Python int where layers are not scanned.
-      cache, at: the layer's, see ops/cache.py; None without one.
+      index: of the layer in the decoder; a Python int where layers are not scanned.
+      cache: as `open_layer` gives it; None without one.
 
     Returns:
-      Attention output (B, T, H, d), the new selection, the cache, and named intermediates.
+      Attention output (B, T, H, d), the new selection, the cache, and named intermediates (of layers that pass by: of
+      the shapes of the others').
     """
-    flex, at_once = config.flexattention, 1 if query.shape[1] == 1 else PROJECTED_AT_ONCE
+    flex, place, scanned = config.flexattention, index - config.num_plain_layers, not isinstance(index, int)
+    at, at_once = (place,) if scanned else (), 1 if query.shape[1] == 1 else PROJECTED_AT_ONCE
+    query, own_lowres = jax.tree.map(lambda x: take_rows(x, step.rows.readers), (query, lowres))
 
-    def read(rows_query, cells):
-        nonlocal cache
-        if cache is None:
-            return read_union(rows_query, cells, step.picture, *kernels, flex.sample_capacity)
-        limits = flex.row_capacity, at_once
-        part, cache = read_cached(rows_query, cells, step.picture, *kernels, cache, at, *limits)
-        return part
+    def pass_by():
+        nothing = jnp.zeros((*selection.keep.shape[:2], config.num_lowres_tokens), jnp.float32)
+        return own_lowres[0], selection, nothing, cells_of(cache)
 
-    # Nothing is selected yet in the first layer; where layers are scanned, only the selection itself can tell.
-    nothing_selected = isinstance(index, int) and index == 0
-    if step.given is not None:
-        selection = selection.replace(keep=step.given[index])
-    out, selection, attention = flex_attention(
-        flex,
-        query,
-        lowres,
-        keys,
-        step.rows,
-        step.picture,
-        selection,
-        None if nothing_selected else read,
-        index + config.num_plain_layers,
-        step.positions,
-        step.alpha,
-        step.key,
-        step.grounded,
-    )
-    if cache is None:
-        selection = limit_union(flex, selection)
+    def attend_cells():
+        chosen, cells = selection, cache
+        kernels = step.projections if scanned else step.projections[place]
+
+        def read(rows_query, wanted):
+            nonlocal cells
+            if cache is None:
+                own = (whole(kernel, at) for kernel in kernels)
+                return read_union(rows_query, wanted, step.picture, *own, flex.sample_capacity)
+            limits = flex.row_capacity, at_once
+            part, cells = read_cached(rows_query, wanted, step.picture, *kernels, cache, at, *limits)
+            return part
+
+        if step.given is not None:
+            chosen = chosen.replace(keep=step.given[place])
+        out, chosen, attention = flex_attention(
+            flex,
+            query,
+            own_lowres,
+            keys,
+            step.rows,
+            step.picture,
+            chosen,
+            # Nothing is selected yet in the first layer; where layers are scanned, only the selection itself can tell.
+            read if scanned or place else None,
+            index,
+            step.positions,
+            step.alpha,
+            step.key,
+            step.grounded,
+        )
+        return out, chosen if cache is not None else limit_union(flex, chosen), attention, cells_of(cells)
+
+    if scanned:
+        with jax.named_scope(LAYER_SCOPE):
+            own, selection, attention, cells = jax.lax.cond(place >= 0, attend_cells, pass_by)
+    else:
+        own, selection, attention, cells = attend_cells() if place >= 0 else pass_by()
+    out = put_rows(lowres[0], step.rows.readers, own) if scanned or place > 0 else lowres[0]
+    if cache is not None:
+        cache = cache.replace(**cells)
     named = {"cells": selection.keep, "overflow": selection.overflow}
     if step.capture or step.grounded:
         named["map"] = attention
     if step.capture:
         named["strength"] = selection.strength
     return out, selection, cache, named
+
+
+def cells_of(cache: LayerCache | None) -> dict[str, jax.Array]:
+    """What reading cells changes in a layer's cache."""
+    return {} if cache is None else {"key_hd": cache.key_hd, "projected": cache.projected}
 
 
 def start_selection(config: FlexAttentionConfig, batch: int, selectors: int) -> Selection:

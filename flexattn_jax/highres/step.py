@@ -49,8 +49,10 @@ class Step:
     slots: of token dropping; None where nothing is dropped.
     alpha: () or (B, 1, 1, 1) float32, see flex_attention; None: 1.
     key: random key of selector "random"; None: FlexAttentionConfig.seed.
-    given: (layers of the second segment, B, Q, C) bool, cells read in each layer in place of those selected, to
-      find out what the selection is worth; without a cache only. The first layer reads none.
+    projections: FlexAttention's kernels of keys and values (J*d, D), of layers first_layer .. L-1: a pair of stacks
+      where layers are scanned, else a pair for each layer; filled in by the decoder.
+    given: (layers first_layer .. L-1, B, Q, C) bool, cells read in each of them in place of those selected, to find out
+      what the selection is worth; without a cache only. The first one reads none.
     append: write this call's keys and values to the cache.
     grounded: return the maps that select, with gradient, for a loss on them.
     capture: return the residual stream and the attention outputs of all layers.
@@ -66,6 +68,7 @@ class Step:
     slots: Slots | None = None
     alpha: jax.Array | None = None
     key: jax.Array | None = None
+    projections: Any = None
     given: jax.Array | None = None
     blocks: tuple[int, int] | None = flax.struct.field(pytree_node=False, default=None)
     append: bool = flax.struct.field(pytree_node=False, default=True)

@@ -196,6 +196,9 @@ def cells_projected(memory: Memory) -> jax.Array | None:
     """(B,) cells whose keys the cache holds, all layers together."""
     if not isinstance(memory.picture, Picture):
         return None
-    flex = memory.cache["flex"]
-    filled = jnp.stack([layer.projected for layer in flex]) if isinstance(flex, tuple) else flex.projected
+    cache = memory.cache["layers"]
+    if isinstance(cache, tuple):
+        filled = jnp.stack([layer.projected for layer in cache if layer.projected is not None])
+    else:
+        filled = cache.projected
     return filled.sum(axis=(0, 2), dtype=jnp.int32)

@@ -1,4 +1,4 @@
-"""LLaMA decoder in segments of equal layers: plain ones, ones with FlexAttention, ones after tokens were dropped."""
+"""LLaMA decoder: one stack of equal layers, or several with tokens dropped between them."""
 
 from __future__ import annotations
 
@@ -60,15 +60,10 @@ class SelfAttention(nn.Module):
                 sequence = merge(past, attend(query, key, value, step.mask))
 
         out, selection, named = sequence[0], carry.selection, {}
-        if self.segment.name == "flex":
-            kernels = tuple(
-                Kernel(decoder.num_kv_heads * decoder.head_dim, decoder.width, x.dtype, name=f"{part}_proj_hd")()
-                for part in "kv"
+        if step.rows is not None:
+            out, selection, cache, named = flexattention.read_in_layer(
+                self.config, step, query, sequence, keys, selection, index, cache
             )
-            if step.rows is not None:
-                out, selection, cache, named = flexattention.read_in_layer(
-                    self.config, step, query, sequence, keys, kernels, selection, index, cache, at
-                )
         elif selection is not None:
             selection = pruning.rank_slots(query, keys, sequence[1], step.slots, self.segment.num_slots)
         out = constrain(out.reshape(batch, length, -1), "batch", None, "heads")
@@ -99,7 +94,11 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(self, carry: Carry, index: Any, step: Step) -> tuple[Carry, dict]:
-        """One layer; `index` counts within the segment. Returns the carry and named intermediates."""
+        """One layer; `index` counts within the segment (where no tokens are dropped: the decoder).
+
+        Returns:
+          The carry and named intermediates.
+        """
         decoder, hidden = self.config.decoder, carry.hidden
         x = rms_norm(decoder, hidden.dtype, "input_norm")(hidden)
         attention, carry, named = SelfAttention(self.config, self.segment, name="self_attn")(x, carry, index, step)
@@ -115,6 +114,19 @@ class DecoderLayer(nn.Module):
 def rms_norm(config: DecoderConfig, dtype: jnp.dtype, name: str) -> nn.RMSNorm:
     """RMSNorm with a float32 mean square."""
     return nn.RMSNorm(epsilon=config.norm_eps, dtype=dtype, param_dtype=dtype, name=name)
+
+
+class Projections(nn.Module):
+    """A layer's projections of high-resolution tokens to keys and values, which read cell by cell."""
+
+    config: VLMConfig
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, jax.Array]:
+        """Two kernels (J*d, D)."""
+        decoder, dtype = self.config.decoder, jnp.dtype(self.config.dtype)
+        features = decoder.num_kv_heads * decoder.head_dim
+        return tuple(Kernel(features, decoder.width, dtype, name=f"{part}_proj_hd")() for part in "kv")
 
 
 class Decoder(nn.Module):
@@ -168,6 +180,7 @@ class Decoder(nn.Module):
           (L, B, T, D), their inputs, and `attention`, their attention outputs; and `final_hidden` (B, T, D).
         """
         config, length = self.config, hidden.shape[1]
+        step = step.replace(projections=self._projections())
         caches, named, selection, kept, kept_rows = dict(cache or {}), {}, None, None, []
         for i, segment in enumerate(config.segments):
             here = step
@@ -196,6 +209,8 @@ class Decoder(nn.Module):
             if cache is not None:
                 caches[segment.name] = carry.cache
             for key, value in outputs.items():
+                if step.rows is not None and key not in ("hidden", "attention"):
+                    value = value[config.num_plain_layers :]
                 if kept is not None:
                     value = jax.vmap(lambda x, kept=kept: pruning.undrop_rows(x, kept, length))(value)
                 named[key] = jnp.concatenate([named[key], value]) if key in named else value
@@ -207,10 +222,26 @@ class Decoder(nn.Module):
             named["final_hidden"] = hidden
         return hidden, caches if cache is not None else None, named
 
+    def _projections(self) -> Any:
+        """See Step.projections. A stack beside that of the layers: not all layers have them, and one body runs all."""
+        config, count = self.config, self.config.num_flex_layers
+        if not count:
+            return None
+        if not config.scan_layers:
+            return tuple(Projections(config, name=f"highres_{i}")() for i in range(count))
+        stacked = nn.vmap(
+            Projections,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            axis_size=count,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return stacked(config, name="highres")()
+
     def _selection(self, segment: Segment, hidden: jax.Array, step: Step) -> Any:
         """What the first layer of a segment gets as Carry.selection."""
         batch = hidden.shape[0]
-        if segment.name == "flex" and step.rows is not None:
+        if step.rows is not None:
             return flexattention.start_selection(self.config.flexattention, batch, step.rows.selectors.shape[1])
         if step.slots is not None and step.past is None and segment != self.config.segments[-1]:
             return jnp.zeros((batch, segment.num_slots), jnp.float32)

@@ -2,7 +2,8 @@
 
 A segment's cache is either a LayerCache whose arrays have a leading layer axis (scanned layers: the whole stack is
 carried through the loop and updated in place) or a tuple of LayerCaches (unrolled layers). `at` is the index prefix
-that makes both look alike: (layer,) or ().
+that makes both look alike: (layer,) or (). FlexAttention's cells have entries for its own layers only, counted from
+first_layer.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class LayerCache:
     and 676 positions on 2 cores, projections included).
 
     key, value: (B, S, J*d) of the sequence; (S, J*d) for one sample of an unrolled layer.
-    key_hd: (B, C, P, J*d), keys of high-resolution cells, filled when a cell is first selected; None where no layer of
-      the segment reads any. Values are not kept (`cells.read_cached`).
+    key_hd: (B, C, P, J*d), keys of high-resolution cells, filled when a cell is first selected; None where they are not
+      read. Values are not kept (`cells.read_cached`).
     key_hd, value_hd: of cross-attention, (B, M, its width), without B as `key`.
     projected: (B, C) bool, cells that are filled.
     """
@@ -58,27 +59,29 @@ def new_cache(config: VLMConfig, batch: int, length: int, pictures: bool) -> dic
     decoder, dtype = config.decoder, jnp.dtype(config.dtype)
     width = decoder.num_kv_heads * decoder.head_dim
 
-    def layer(segment: Segment, lead: tuple[int, ...]) -> LayerCache:
+    def layers(segment: Segment, lead: tuple[int, ...], num_flex: int) -> LayerCache:
+        """The cache of one layer, `lead` () and num_flex 0 or 1, or of a stack, `lead` (its layers,)."""
         samples = () if batch == 1 and not lead else (batch,)
         room = length - (config.num_slots - segment.num_slots if pictures else 0)
         cache = LayerCache(*(jnp.zeros((*lead, *samples, room, width), dtype) for _ in "kv"))
         if pictures and config.crossattention is not None:
             shape = (*lead, *samples, config.highres_grid**2, config.crossattention.width)
             return cache.replace(key_hd=jnp.zeros(shape, dtype), value_hd=jnp.zeros(shape, dtype))
-        if not (pictures and config.reads_highres and segment.name == "flex"):
+        if not (pictures and config.reads_highres and num_flex):
             return cache
         cells = cell_tokens(config.highres_grid, config.flexattention.cell_grid)[0].shape
+        lead = (num_flex,) if lead else ()
         return cache.replace(
             key_hd=jax.lax.empty((*lead, batch, *cells, width), dtype),  # read where `projected` says so
             projected=jnp.zeros((*lead, batch, cells[0]), bool),
         )
 
-    return {
-        segment.name: layer(segment, (segment.num_layers,))
-        if config.scan_layers
-        else tuple(layer(segment, ()) for _ in range(segment.num_layers))
-        for segment in config.segments
-    }
+    def stack(segment: Segment) -> SegmentCache:
+        if config.scan_layers:
+            return layers(segment, (segment.num_layers,), config.num_flex_layers)
+        return tuple(layers(segment, (), int(i >= config.num_plain_layers)) for i in range(segment.num_layers))
+
+    return {segment.name: stack(segment) for segment in config.segments}
 
 
 def open_layer(cache: SegmentCache, index: jax.Array | int) -> tuple[LayerCache, tuple]:

@@ -139,7 +139,14 @@ def _placed(params: dict[str, Any], partition: Partition | None) -> dict[str, An
 def _arranged(params: dict[str, Any], config: VLMConfig, start: StartConfig) -> dict[str, Any]:
     if start.copy_projections:
         flat = flatten(params)
+        first = config.num_plain_layers
         # Arrays of their own: the step that they are given to takes each one's memory.
-        copies = {path: jnp.copy(flat[path.replace("_proj_hd", "_proj")]) for path in flat if "_proj_hd" in path}
+        copies = {
+            f"decoder/highres/{part}_proj_hd/kernel": jnp.copy(
+                flat[f"decoder/layers/self_attn/{part}_proj/kernel"][first:]
+            )
+            for part in "kv"
+            if config.num_flex_layers
+        }
         params = nest(flat | copies)
     return params if config.scan_layers else unstack_layers(params)

@@ -77,7 +77,7 @@ def draw_params(
 ) -> dict[str, Any]:
     """Random float32 numpy parameters, stacked over layers: N(0, 0.02), norms 1, biases 0, and 0 what begins so.
 
-    A leaf depends on the seed and its own path, not on the other leaves nor on the device.
+    A layer's tensor depends on the seed and its own name, not on what it is stacked with nor on the device.
 
     Args:
       by_width: in place of 0.02, which suits widths of thousands: connector and decoder's kernels have the variance
@@ -88,13 +88,17 @@ def draw_params(
       only: paths of the leaves to draw; None: all.
     """
     drawn = {}
-    for path, shape in layouts.leaf_shapes(config).items():
-        if only is None or path in only:
-            if by_width and path in _IDENTITIES:
-                drawn[path] = np.eye(*shape, dtype=np.float32)
-            else:
-                deviation = _deviation(path, shape, config) if by_width else INIT_DEVIATION
-                drawn[path] = _draw(path, shape, seed, deviation)
+    shapes = layouts.tensor_shapes(config)
+    for path, names in layouts.leaf_tensors(config).items():
+        if only is not None and path not in only:
+            continue
+        shape = shapes[names[0]]
+        if by_width and path in _IDENTITIES:
+            drawn[path] = np.eye(*shape, dtype=np.float32)
+        else:
+            deviation = _deviation(path, shape, config) if by_width else INIT_DEVIATION
+            tensors = [_draw(name, shape, seed, deviation) for name in names]
+            drawn[path] = tensors[0] if path == names[0] else np.stack(tensors)
     return nest(drawn)
 
 
@@ -108,9 +112,9 @@ def _deviation(path: str, shape: tuple[int, ...], config: VLMConfig) -> float:
     return gain * (shape[-1] * (2 * config.decoder.num_layers if quiet else 1)) ** -0.5
 
 
-def _draw(path: str, shape: tuple[int, ...], seed: int, deviation: float) -> np.ndarray:
-    name = path.rsplit("/", 1)[-1]
-    if name in ("scale", "bias") or layouts.begins_at_zero(path):
-        return np.full(shape, float(name == "scale"), np.float32)
-    rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
+def _draw(name: str, shape: tuple[int, ...], seed: int, deviation: float) -> np.ndarray:
+    last = name.rsplit("/", 1)[-1]
+    if last in ("scale", "bias") or layouts.begins_at_zero(name):
+        return np.full(shape, float(last == "scale"), np.float32)
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     return np.float32(deviation) * rng.standard_normal(shape, np.float32)

@@ -84,10 +84,10 @@ def test_values_land_where_their_names_say(tmp_path):
 
     check(decoder["embedding"], "model.embed_tokens.weight")
     check(decoder["lm_head"]["kernel"], "lm_head.weight")
-    check(decoder["plain"]["mlp"]["gate_proj"]["kernel"][7], "model.layers.7.mlp.gate_proj.weight")
-    check(decoder["flex"]["mlp"]["gate_proj"]["kernel"][0], "model.layers.8.mlp.gate_proj.weight")
-    check(decoder["flex"]["self_attn"]["v_proj_hd"]["kernel"][1], "model.layers.9.self_attn.v_proj_hd.weight")
-    check(decoder["plain"]["post_attention_norm"]["scale"][2], "model.layers.2.post_attention_layernorm.weight")
+    check(decoder["layers"]["mlp"]["gate_proj"]["kernel"][7], "model.layers.7.mlp.gate_proj.weight")
+    check(decoder["layers"]["mlp"]["gate_proj"]["kernel"][8], "model.layers.8.mlp.gate_proj.weight")
+    check(decoder["highres"]["v_proj_hd"]["kernel"][1], "model.layers.9.self_attn.v_proj_hd.weight")
+    check(decoder["layers"]["post_attention_norm"]["scale"][2], "model.layers.2.post_attention_layernorm.weight")
     check(params["connector"]["fc2"]["bias"], "model.mm_projector.2.bias")
     tower = "model.vision_tower.vision_tower.vision_model."
     check(vision["blocks"]["self_attn"]["out_proj"]["bias"][1], tower + "encoder.layers.1.self_attn.out_proj.bias")
@@ -95,7 +95,7 @@ def test_values_land_where_their_names_say(tmp_path):
     patch = tensors[tower + "embeddings.patch_embedding.weight"]
     np.testing.assert_array_equal(vision["patch_embedding"]["kernel"], patch.reshape(8, 3 * 14 * 14))
     assert vision["blocks"]["norm1"]["scale"].shape == (2, 8)
-    assert "k_proj_hd" not in decoder["plain"]["self_attn"]
+    assert "k_proj_hd" not in decoder["layers"]["self_attn"]
 
 
 def test_the_spellings_of_transformers_give_the_same_parameters(tmp_path):
@@ -223,7 +223,7 @@ def test_a_llava_checkpoint_becomes_a_flexattention_one(tmp_path):
     flex = summary.config.flexattention
     assert (flex.zoom_ratio, flex.threshold, flex.warmup, flex.first_layer) == (3, 48, 10, 8)
     assert (summary.config.image_size, summary.num_initialised) == (168, 4)
-    first, same, other = (load_params(tmp_path / out)["decoder"]["flex"]["self_attn"] for out in "abc")
+    first, same, other = (load_params(tmp_path / out)["decoder"]["highres"] for out in "abc")
     key, value = first["k_proj_hd"]["kernel"], first["v_proj_hd"]["kernel"]
     assert key.shape == (2, 12, 16)
     assert 0.015 < np.std(key) < 0.025

@@ -102,18 +102,20 @@ def test_parameter_counts_are_the_published_ones(name, decoder, connector):
     assert count(layouts.leaf_shapes(flex)) == count(layouts.tensor_shapes(flex))
 
 
-def test_leaves_follow_the_segments():
+def test_layers_are_one_stack_and_projections_another():
     config = override(preset("tiny"), {"flexattention.first_layer": 2})
     leaves = layouts.leaf_tensors(config)
-    assert leaves["decoder/plain/mlp/up_proj/kernel"] == [f"decoder/layers/{i}/mlp/up_proj/kernel" for i in (0, 1)]
-    assert leaves["decoder/flex/self_attn/k_proj_hd/kernel"] == [
+    assert leaves["decoder/layers/mlp/up_proj/kernel"] == [f"decoder/layers/{i}/mlp/up_proj/kernel" for i in range(5)]
+    assert leaves["decoder/highres/k_proj_hd/kernel"] == [
         f"decoder/layers/{i}/self_attn/k_proj_hd/kernel" for i in (2, 3, 4)
     ]
-    assert "decoder/plain/self_attn/k_proj_hd/kernel" not in leaves
-    assert layouts.leaf_of("decoder/layers/3/input_norm/scale", config) == ("decoder/flex/input_norm/scale", 1)
+    assert layouts.leaf_of("decoder/layers/3/input_norm/scale", config) == ("decoder/layers/input_norm/scale", 3)
+    name = "decoder/layers/3/self_attn/v_proj_hd/kernel"
+    assert layouts.leaf_of(name, config) == ("decoder/highres/v_proj_hd/kernel", 1)
     baseline = override(config, {"flexattention": None})
-    assert not any(leaf.startswith("decoder/flex") for leaf in layouts.leaf_tensors(baseline))
-    all_flex = override(config, {"flexattention.first_layer": 0})
-    assert not any(leaf.startswith("decoder/plain") for leaf in layouts.leaf_tensors(all_flex))
+    assert not any(leaf.startswith("decoder/highres") for leaf in layouts.leaf_tensors(baseline))
+    assert set(layouts.leaf_tensors(baseline)) < set(leaves)
+    cut = override(baseline, {"reduction.method": "fastv", "reduction.tokens": 4, "image_size": 56})
+    assert layouts.leaf_of("decoder/layers/3/input_norm/scale", cut) == ("decoder/stage1/input_norm/scale", 1)
     tied = override(config, {"decoder.tie_embeddings": True})
     assert "decoder/lm_head/kernel" not in layouts.leaf_tensors(tied)

@@ -48,12 +48,12 @@ def test_flatten_and_nest():
 
 def test_unstack_and_stack():
     tree = {
-        "decoder": {"flex": {"norm": {"scale": np.arange(6.0).reshape(2, 3)}}, "embedding": np.ones((4, 3))},
+        "decoder": {"layers": {"norm": {"scale": np.arange(6.0).reshape(2, 3)}}, "embedding": np.ones((4, 3))},
         "vision": {"blocks": {"bias": np.arange(12.0).reshape(12, 1)}},
     }
     parts = unstack_layers(tree)
-    assert sorted(parts["decoder"]) == ["embedding", "flex_0", "flex_1"]
-    np.testing.assert_array_equal(parts["decoder"]["flex_1"]["norm"]["scale"], [3, 4, 5])
+    assert sorted(parts["decoder"]) == ["embedding", "layers_0", "layers_1"]
+    np.testing.assert_array_equal(parts["decoder"]["layers_1"]["norm"]["scale"], [3, 4, 5])
     assert len(parts["vision"]) == 12
     np.testing.assert_array_equal(parts["vision"]["blocks_11"]["bias"], [11])
     assert_trees_equal(stack_layers(parts), tree)
@@ -90,7 +90,7 @@ def test_restack(imported, changes):
     [
         ({"flexattention.first_layer": 7}, "first_layer 7 asks for .* begins at layer 8"),
         ({"vision.select_layer": -1}, "not stored: vision/blocks/norm1/scale"),
-        ({"decoder.head_dim": 8}, r"decoder/flex/self_attn/q_proj/kernel \[24, 16\] -> \[32, 16\]"),
+        ({"decoder.head_dim": 8}, r"decoder/layers/self_attn/q_proj/kernel \[24, 16\] -> \[32, 16\]"),
         ({"decoder.num_layers": 11}, "not stored"),
     ],
 )
@@ -103,7 +103,7 @@ def test_overrides_that_need_what_is_not_stored(imported, changes, message):
 def test_the_source_itself_has_earlier_projections(imported):
     source, _ = imported
     params = source.params(override(source.config, {"flexattention.first_layer": 3}))
-    assert params["decoder"]["flex"]["self_attn"]["k_proj_hd"]["kernel"].shape == (7, 12, 16)
+    assert params["decoder"]["highres"]["k_proj_hd"]["kernel"].shape == (7, 12, 16)
 
 
 def test_without_flexattention_there_is_nothing_to_switch_on(tmp_path):
@@ -233,7 +233,7 @@ def test_several_groups(imported, tmp_path, monkeypatch):
 
 
 def damage_version(values):
-    values["version"] = 2
+    values["version"] = 1
 
 
 def damage_config(values):
@@ -251,7 +251,7 @@ def damage_absent(values):
 @pytest.mark.parametrize(
     ("file", "damage", "message"),
     [
-        ("config.json", damage_version, "format version 2"),
+        ("config.json", damage_version, "format version 1"),
         ("config.json", damage_config, "does not list what config.json describes"),
         ("config.json", damage_key, r"config\.json is damaged \(unknown keys decoder\.vocabulary"),
         ("config.json", damage_absent, r"config\.json is damaged"),

@@ -117,17 +117,14 @@ def test_turns_follow_start_end_and_step(old, new, turns):
 
 
 def test_what_is_executed_counts_as_often_as_it_is(module):
-    def assumed(exponentials):
-        assert exponentials  # the inner loop's body calls an exponential
-        return 4
-
-    times = {i.name: times for _, i, times in hlo.walk(module, assumed)}
+    # The inner loop's body calls an exponential.
+    times = {i.name: times for _, i, times in hlo.walk(module, hlo.Assumed(projecting=0, reading=4))}
     assert times["x"] == 1 and times["sum"] == 7 and times["row.1"] == 28
     assert "row" not in times  # the inside of a fusion is the fusion's
 
 
 def test_an_estimate_adds_cycles_bytes_and_collectives(module):
-    found = estimate(PROGRAM, lambda exponentials: 4)
+    found = estimate(PROGRAM, hlo.Assumed(reading=4))
     assert found.cycles == 28 * 110
     row, picture, number = 8 * 2, 64 * 8 * 2, 4
     # Of an array that is sliced in a fusion one row is read; the second fusion's result lies in other memory than HBM.
@@ -155,7 +152,7 @@ def test_what_selects_is_known_by_its_scope(scope, found):
 
 
 def test_seconds_are_of_computing_or_of_moving_whichever_takes_longer():
-    found = estimate(PROGRAM, lambda exponentials: 4)
+    found = estimate(PROGRAM, hlo.Assumed(reading=4))
     slow_clock = Chip(flops=1e12, bandwidth=1e12, memory=1e9, clock=1e3)
     assert estimated_seconds(found, slow_clock) == pytest.approx(3.08, rel=1e-3)
     slow_memory = Chip(flops=1e12, bandwidth=1e3, memory=1e9, clock=1e9)

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flexattn_jax.costs import stablehlo
+from flexattn_jax.costs import hlo, stablehlo
+from flexattn_jax.costs.hlo import AS_WRITTEN, Assumed
+from flexattn_jax.highres.flexattention import LAYER_SCOPE
 
 
-def counts(function, *shapes, assumed=None):
+def counts(function, *shapes, assumed=AS_WRITTEN):
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     return stablehlo.count(jax.jit(function).trace(*arguments).lower(), assumed)
 
@@ -55,9 +57,28 @@ def test_loops_that_depend_on_data_take_the_turns_that_are_assumed():
 
     one = 2 * 4**3
     assert counts(function, (4, 4)).flops == 2 * one
-    found = counts(function, (4, 4), assumed=lambda exponentials: 10 if exponentials else 3)
+    found = counts(function, (4, 4), assumed=Assumed(projecting=3, reading=10))
     assert found.flops == 13 * one
     assert found.data_loops == 2
+
+
+def test_the_condition_of_flexattention_counts_in_the_layers_that_have_it():
+    def body(x, layer):
+        with jax.named_scope(LAYER_SCOPE):
+            x = jax.lax.cond(layer >= 1, lambda: jax.lax.cond(x.sum() > 0, lambda: x @ x, lambda: x), lambda: x)
+        return jax.lax.cond(x.sum() > 1, lambda: x @ x, lambda: x), None
+
+    def loss(x):
+        return jax.lax.scan(body, x, jnp.arange(4))[0].sum()
+
+    one = 2 * 4**3
+    assert counts(loss, (4, 4)).flops == (4 + 4) * one
+    assert counts(loss, (4, 4), assumed=Assumed(flex_layers=0.75)).flops == (4 + 3) * one
+    step = counts(jax.value_and_grad(loss), (4, 4), assumed=Assumed(flex_layers=0.75))
+    assert step.flops == 3 * (4 + 3) * one
+    compiled = jax.jit(loss).lower(jax.ShapeDtypeStruct((4, 4), jnp.float32)).compile().as_text()
+    times = [times for _, i, times in hlo.walk(hlo.parse(compiled), Assumed(flex_layers=0.75)) if i.opcode == "dot"]
+    assert sorted(times) == [3, 4]
 
 
 @pytest.mark.parametrize(

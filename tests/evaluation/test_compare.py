@@ -199,7 +199,7 @@ def test_a_row_whose_weights_do_not_fit_says_so_and_the_others_are_read(settings
     monkeypatch.setitem(COMPARISONS, "mini", compare.Comparison(systems, COMPARISONS["mini"].recipes))
     results = run_benchmark(settings("lowres", "crossed", "many", passes=0, seeds=(0,)), tmp_path)
     rows = results["benchmarks"]["vsearch"]["systems"]
-    assert "not stored: decoder/plain/cross_attn" in rows["crossed"]["problems"][0]["reason"]
+    assert "not stored: decoder/layers/cross_attn" in rows["crossed"]["problems"][0]["reason"]
     assert "reduction.tokens 400 is above the 16 tokens" in rows["many"]["problems"][0]["reason"]
     assert rows["lowres"]["seeds"] == [0] and rows["lowres"]["problems"] == []
 

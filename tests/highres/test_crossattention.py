@@ -73,14 +73,14 @@ def test_published_shapes():
     wide = {"crossattention.width": 4096, "crossattention.source": "connector"}
     shapes = layouts.tensor_shapes(override(config, wide))
     assert shapes["decoder/layers/0/cross_attn/k_proj/kernel"] == (4096, 4096)
-    cache = jax.eval_shape(lambda: new_cache(override(config, {"dtype": "bfloat16"}), 2, 100, True))["plain"]
+    cache = jax.eval_shape(lambda: new_cache(override(config, {"dtype": "bfloat16"}), 2, 100, True))["layers"]
     assert cache.key_hd.shape == (32, 2, 6400, 1024)
-    assert new_cache(CROSS, 1, 30, False)["plain"].key_hd is None
+    assert new_cache(CROSS, 1, 30, False)["layers"].key_hd is None
 
 
 def test_a_checkpoint_without_its_weights_says_which_are_missing(tmp_path):
     save_model(tmp_path / "llava", LLAVA, random_params(LLAVA))
-    with pytest.raises(CheckpointError, match=r"not stored: decoder/plain/cross_attn/norm/scale, .*highres/positions"):
+    with pytest.raises(CheckpointError, match=r"not stored: decoder/layers/cross_attn/norm/scale, .*highres/positions"):
         load_params(tmp_path / "llava", CROSS)
 
 
@@ -91,7 +91,7 @@ def test_a_stored_model_is_read_back_and_its_decoder_cut_for_token_dropping(tmp_
     jax.tree.map(np.testing.assert_array_equal, back, params)
     staged = override(LLAVA, {"crossattention": None, "reduction": {"method": "pyramiddrop", "tokens": 2}})
     cut = load_params(tmp_path / "cross", staged)["decoder"]
-    whole = params["decoder"]["plain"]["mlp"]["up_proj"]["kernel"]
+    whole = params["decoder"]["layers"]["mlp"]["up_proj"]["kernel"]
     pieces = [cut[s.name]["mlp"]["up_proj"]["kernel"] for s in staged.segments]
     assert [len(piece) for piece in pieces] == [1, 1, 1, 2]
     np.testing.assert_array_equal(np.concatenate(pieces), whole)

@@ -165,7 +165,7 @@ def test_flexattention_must_be_off_beside_another_way_to_read():
     with pytest.raises(ConfigError, match='"fastv" cannot be combined with flexattention'):
         override(preset("7b"), {"reduction.tokens": 64})
     off = override(preset("7b"), {"flexattention.enabled": False, "reduction.tokens": 64})
-    assert [s.name for s in off.segments] == ["plain", "stage1"]
+    assert [s.name for s in off.segments] == ["layers", "stage1"]
 
 
 def test_a_convolutional_tower_has_no_class_token():

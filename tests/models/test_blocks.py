@@ -117,7 +117,7 @@ def test_packed_texts_are_learned_from_as_alone():
     for path, leaf in flatten(gradients).items():
         leaf = np.asarray(leaf)
         np.testing.assert_allclose(leaf[0], leaf[1], atol=1e-5 * max(1.0, np.abs(leaf).max()), err_msg=path)
-    assert np.abs(gradients["decoder"]["flex_1"]["self_attn"]["v_proj_hd"]["kernel"]).max() > 0.01
+    assert np.abs(gradients["decoder"]["highres_1"]["v_proj_hd"]["kernel"]).max() > 0.01
 
 
 @pytest.mark.parametrize(("beginning", "block", "texts"), [(1, 1, 1), (3, 4, 1), (5, 1, 4), (4, 3, 3)])

@@ -76,7 +76,7 @@ def test_low_resolution_is_the_same_weights_with_flexattention_off(tiny):
 def test_llava_without_projections_is_the_same_model():
     config = override(preset("tiny"), {"flexattention": None})
     params = random_params(config)
-    assert "flex" not in params["decoder"]
+    assert "highres" not in params["decoder"]
     agree(config, params, *problem(config), expect_reading=False)
 
 

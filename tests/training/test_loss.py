@@ -125,7 +125,7 @@ def test_gradients_do_not_reach_tower_or_unread_projections(tiny):
     readers = answer_rows(labels, batch.image_start)
     gradients = jax.grad(lambda p: next_token_loss(VLM(config), p, batch, labels, readers)[0])(params)
     assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(gradients["vision"]))
-    first, *later = np.asarray(gradients["decoder"]["flex"]["self_attn"]["k_proj_hd"]["kernel"])
+    first, *later = np.asarray(gradients["decoder"]["highres"]["k_proj_hd"]["kernel"])
     assert not first.any() and all(layer.any() for layer in later)
 
 

@@ -90,7 +90,7 @@ def test_a_run_learns_logs_and_leaves_a_model_that_answers(undisturbed, checkpoi
     assert isinstance(vlm.answer([picture], ["What is the colour?"], max_new_tokens=4)[0], str)
     before, after = load_params(checkpoint), load_params(workdir / "model")
     jax.tree.map(np.testing.assert_array_equal, before["vision"], after["vision"])
-    hd = [np.asarray(p["decoder"]["flex"]["self_attn"]["k_proj_hd"]["kernel"]) for p in (before, after)]
+    hd = [np.asarray(p["decoder"]["highres"]["k_proj_hd"]["kernel"]) for p in (before, after)]
     assert np.array_equal(hd[0][0], hd[1][0]) and not np.array_equal(hd[0][1], hd[1][1])
 
 

@@ -46,22 +46,22 @@ def test_a_published_llava_gets_projections_and_keeps_everything_else():
     assert low.config.flexattention is None and not low.config.reads_highres
     high = open_start(StartConfig(checkpoint=str(LLAVA)), {"flexattention.first_layer": 1}, seed=0)
     assert high.config.reads_highres and high.config.image_size == 3 * low.config.image_size
-    before, after = low.params()["decoder"]["plain"], high.params()["decoder"]["flex"]
-    np.testing.assert_array_equal(before["mlp"]["up_proj"]["kernel"][1:], after["mlp"]["up_proj"]["kernel"])
-    drawn = np.asarray(after["self_attn"]["k_proj_hd"]["kernel"])
+    before, after = low.params()["decoder"], high.params()["decoder"]
+    jax.tree.map(np.testing.assert_array_equal, before["layers"], after["layers"])
+    drawn = np.asarray(after["highres"]["k_proj_hd"]["kernel"])
+    assert drawn.shape[0] == high.config.decoder.num_layers - 1
     assert np.std(drawn) == pytest.approx(0.02, rel=0.1) and drawn.dtype == np.float32
 
 
 @pytest.mark.parametrize("drawn", [False, True])
 def test_copied_projections_are_the_layers_own_in_memory_of_their_own(checkpoint, drawn):
     source = {"preset": "mini", "tokenizer": str(checkpoint)} if drawn else {"checkpoint": str(checkpoint)}
-    params = open_start(StartConfig(**source, copy_projections=True), {}, seed=0).params()
-    flat = flatten(params)
-    copies = [path for path in flat if "_proj_hd" in path]
-    assert copies
-    for path in copies:
-        own = flat[path.replace("_proj_hd", "_proj")]
-        np.testing.assert_array_equal(flat[path], own)
+    start = open_start(StartConfig(**source, copy_projections=True), {"scan_layers": True}, seed=0)
+    params = start.params()
+    for part in "kv":
+        own = params["decoder"]["layers"]["self_attn"][f"{part}_proj"]["kernel"]
+        copied = params["decoder"]["highres"][f"{part}_proj_hd"]["kernel"]
+        np.testing.assert_array_equal(copied, own[start.config.flexattention.first_layer :])
     assert jax.tree.leaves(jax.jit(lambda tree: jax.tree.map(jnp.negative, tree), donate_argnums=0)(params))
 
 
@@ -85,8 +85,8 @@ def test_what_nobody_publishes_is_added_to_a_checkpoint_with_flexattention(check
     start = open_start(StartConfig(checkpoint=str(checkpoint), read_highres=False), added, seed=0)
     params, stored = (flatten(p) for p in (start.params(), load_params(checkpoint)))
     assert {path: leaf.shape for path, leaf in params.items()} == layouts.leaf_shapes(start.config)
-    layers = [stored[f"decoder/{name}/mlp/up_proj/kernel"] for name in ("plain", "flex")]
-    np.testing.assert_array_equal(params["decoder/plain/mlp/up_proj/kernel"], np.concatenate(layers))
+    path = "decoder/layers/mlp/up_proj/kernel"
+    np.testing.assert_array_equal(params[path], stored[path])
 
 
 def test_high_resolution_can_be_left_out_of_a_checkpoint_that_has_it(checkpoint):
@@ -105,6 +105,7 @@ def test_random_parameters_of_a_preset(tmp_path):
     start = open_start(StartConfig(preset="tiny", tokenizer=str(tmp_path)), {"scan_layers": False}, seed=1)
     params = start.params()
     assert start.config == override(preset("tiny"), {"scan_layers": False}) and start.tokenizer == tmp_path
-    assert "flex_0" in params["decoder"] and np.asarray(params["decoder"]["final_norm"]["scale"] == 1).all()
+    assert {"layers_0", "highres_0"} <= set(params["decoder"])
+    assert np.asarray(params["decoder"]["final_norm"]["scale"] == 1).all()
     with pytest.raises(ConfigError, match=r"--config\.start\.preset and --config\.start\.tokenizer"):
         open_start(StartConfig(preset="tiny"), {}, seed=0)

@@ -67,10 +67,10 @@ def test_only_what_is_trained_moves_or_has_moments():
 
 
 def test_parts_of_parameters_are_named_by_their_paths():
-    params = {"decoder": {"flex": {"k_proj_hd": 1, "k_proj": 2}, "final_norm": 3}, "connector": 4}
-    trained, frozen = split_params(params, "decoder/flex/k_proj, connector")
-    assert trained == {"decoder": {"flex": {"k_proj": 2}}, "connector": 4}
-    assert frozen == {"decoder": {"flex": {"k_proj_hd": 1}, "final_norm": 3}}
+    params = {"decoder": {"layers": {"k_proj_hd": 1, "k_proj": 2}, "final_norm": 3}, "connector": 4}
+    trained, frozen = split_params(params, "decoder/layers/k_proj, connector")
+    assert trained == {"decoder": {"layers": {"k_proj": 2}}, "connector": 4}
+    assert frozen == {"decoder": {"layers": {"k_proj_hd": 1}, "final_norm": 3}}
     assert join_params(trained, frozen) == params
     for wrong, message in (("decode", "'decode'"), (" ", "is empty")):
         with pytest.raises(ConfigError, match=message):
