@@ -155,11 +155,17 @@ def read_cached(
 
     missing, missing_count = list_cells(wanted & ~projected, _padded(total, at_once))
 
+    # A token's row projects a cell in few layers: sliced before the loop, the kernel would be copied in all of them.
+    slices_in_turn = bool(at) and at_once == 1
+    if not slices_in_turn:
+        key_kernel = whole(key_kernel, at)
+
     def project(state):
         turn, key_hd = state
-        if at:  # sliced before the loop, a kernel would be copied for tokens that project no cell, too
-            turn, *place = jax.lax.optimization_barrier((turn, *at))
-        kernel = whole(key_kernel, tuple(place) if at else ())
+        kernel = key_kernel
+        if slices_in_turn:  # of a place that seems to depend on the turn, or compilers would slice before the loop
+            turn, place = jax.lax.optimization_barrier((turn, at[0]))
+            kernel = whole(kernel, (place,))
         cells = jax.lax.dynamic_slice_in_dim(missing, turn * at_once, at_once, axis=1)
         tokens, rotation = (read_rows(x, (), cells) for x in (picture.tokens, picture.rotation))
         return turn + 1, write_rows(key_hd, at, cells, project_keys(tokens, rotation, kernel))
