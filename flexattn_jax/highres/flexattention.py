@@ -239,7 +239,7 @@ def read_in_layer(
 
     def pass_by():
         nothing = jnp.zeros((*selection.keep.shape[:2], config.num_lowres_tokens), jnp.float32)
-        return own_lowres[0], selection, nothing, cells_of(cache)
+        return own_lowres[0], selection, nothing, _cells_of(cache)
 
     def attend_cells():
         chosen, cells = selection, cache
@@ -272,7 +272,7 @@ def read_in_layer(
             step.key,
             step.grounded,
         )
-        return out, chosen if cache is not None else limit_union(flex, chosen), attention, cells_of(cells)
+        return out, chosen if cache is not None else limit_union(flex, chosen), attention, _cells_of(cells)
 
     if scanned:
         with jax.named_scope(LAYER_SCOPE):
@@ -290,7 +290,7 @@ def read_in_layer(
     return out, selection, cache, named
 
 
-def cells_of(cache: LayerCache | None) -> dict[str, jax.Array]:
+def _cells_of(cache: LayerCache | None) -> dict[str, jax.Array]:
     """What reading cells changes in a layer's cache."""
     return {} if cache is None else {"key_hd": cache.key_hd, "projected": cache.projected}
 

@@ -59,27 +59,27 @@ def new_cache(config: VLMConfig, batch: int, length: int, pictures: bool) -> dic
     decoder, dtype = config.decoder, jnp.dtype(config.dtype)
     width = decoder.num_kv_heads * decoder.head_dim
 
-    def layers(segment: Segment, lead: tuple[int, ...], num_flex: int) -> LayerCache:
-        """The cache of one layer, `lead` () and num_flex 0 or 1, or of a stack, `lead` (its layers,)."""
+    def layers(segment: Segment, lead: tuple[int, ...], lead_hd: tuple[int, ...] | None) -> LayerCache:
+        """The cache of a stack, `lead` (layers,), or of one layer, (); lead_hd: the same of cells; None: without."""
         samples = () if batch == 1 and not lead else (batch,)
         room = length - (config.num_slots - segment.num_slots if pictures else 0)
         cache = LayerCache(*(jnp.zeros((*lead, *samples, room, width), dtype) for _ in "kv"))
         if pictures and config.crossattention is not None:
             shape = (*lead, *samples, config.highres_grid**2, config.crossattention.width)
             return cache.replace(key_hd=jnp.zeros(shape, dtype), value_hd=jnp.zeros(shape, dtype))
-        if not (pictures and config.reads_highres and num_flex):
+        if not (pictures and config.reads_highres) or lead_hd is None:
             return cache
         cells = cell_tokens(config.highres_grid, config.flexattention.cell_grid)[0].shape
-        lead = (num_flex,) if lead else ()
         return cache.replace(
-            key_hd=jax.lax.empty((*lead, batch, *cells, width), dtype),  # read where `projected` says so
-            projected=jnp.zeros((*lead, batch, cells[0]), bool),
+            key_hd=jax.lax.empty((*lead_hd, batch, *cells, width), dtype),  # read where `projected` says so
+            projected=jnp.zeros((*lead_hd, batch, cells[0]), bool),
         )
 
     def stack(segment: Segment) -> SegmentCache:
         if config.scan_layers:
-            return layers(segment, (segment.num_layers,), config.num_flex_layers)
-        return tuple(layers(segment, (), int(i >= config.num_plain_layers)) for i in range(segment.num_layers))
+            return layers(segment, (segment.num_layers,), (config.num_flex_layers,))
+        have_cells = (i >= config.num_plain_layers for i in range(segment.num_layers))
+        return tuple(layers(segment, (), () if cells else None) for cells in have_cells)
 
     return {segment.name: stack(segment) for segment in config.segments}
 

@@ -31,17 +31,19 @@ def downscale(pixels: jax.Array, side: int) -> jax.Array:
         return jax.image.resize(pixels, shape, jax.image.ResizeMethod.LINEAR, precision=jax.lax.Precision.HIGHEST)
     weights, first, total = _triangle(pixels.shape[-1], side)
     zoom, end = pixels.shape[-1] // side, first + len(weights)
+
+    def mean(parts):
+        return sum(weight * part for weight, part in zip(weights, parts, strict=True)) / total[:, None]
+
     rows = jnp.pad(pixels, [(0, 0)] * (pixels.ndim - 2) + [(-first, end - zoom), (0, 0)])
     last = zoom * (side - 1) + 1
-    slices = (jax.lax.slice_in_dim(rows, i, i + last, zoom, -2) for i in range(len(weights)))
-    rows = sum(weight * part for weight, part in zip(weights, slices, strict=True)) / total[:, None]
+    rows = mean(jax.lax.slice_in_dim(rows, i, i + last, zoom, -2) for i in range(len(weights)))
     # Slices of columns would be a longer program than all else here: the columns go in front, `zoom` to a group.
     before, after = -(first // zoom), (end - 1) // zoom
     groups = jnp.pad(rows.reshape(-1, rows.shape[-1]).T, [(before * zoom, after * zoom), (0, 0)])
     groups = groups.reshape(-1, zoom, groups.shape[-1])
     places = (divmod(before * zoom + first + i, zoom) for i in range(len(weights)))
-    parts = (jax.lax.slice_in_dim(groups, group, group + side)[:, column] for group, column in places)
-    columns = sum(weight * part for weight, part in zip(weights, parts, strict=True)) / total[:, None]
+    columns = mean(jax.lax.slice_in_dim(groups, group, group + side)[:, column] for group, column in places)
     return columns.T.reshape(*rows.shape[:-1], side)
 
 

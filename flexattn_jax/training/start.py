@@ -137,16 +137,11 @@ def _placed(params: dict[str, Any], partition: Partition | None) -> dict[str, An
 
 
 def _arranged(params: dict[str, Any], config: VLMConfig, start: StartConfig) -> dict[str, Any]:
-    if start.copy_projections:
+    if start.copy_projections and config.num_flex_layers:
         flat = flatten(params)
-        first = config.num_plain_layers
-        # Arrays of their own: the step that they are given to takes each one's memory.
-        copies = {
-            f"decoder/highres/{part}_proj_hd/kernel": jnp.copy(
-                flat[f"decoder/layers/self_attn/{part}_proj/kernel"][first:]
-            )
-            for part in "kv"
-            if config.num_flex_layers
-        }
-        params = nest(flat | copies)
+        for part in "kv":
+            own = flat[f"decoder/layers/self_attn/{part}_proj/kernel"][config.num_plain_layers :]
+            # An array of its own: the step that both are given to takes each one's memory.
+            flat[f"decoder/highres/{part}_proj_hd/kernel"] = jnp.copy(own)
+        params = nest(flat)
     return params if config.scan_layers else unstack_layers(params)
